@@ -1,0 +1,1 @@
+"""From a Hugging Face checkpoint to an int4 checkpoint, streamed tensor by tensor."""

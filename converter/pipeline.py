@@ -1,0 +1,84 @@
+"""The road of a tensor: read → device → quantise → write."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from converter.output import OutputDir
+from converter.plan import ShardPlan, TensorPlan
+from converter.quantize import METHODS
+from converter.source import Source
+from formats.codec import Quantized, check_finite, dequantize
+from formats.errors import NonFiniteError
+from formats.layout import CODES_PER_WORD, Scheme, ceil_div, scale_dtype_for
+from formats.manifest import ErrorRecord, FileRecord, Recipe, TensorRecord
+from formats.tensors import TORCH_DTYPES, bytes_of, tensor_from
+
+BLOCK_WEIGHTS = 1 << 24  # on the device at a time; groups lie within rows, so the size changes no byte
+
+
+def convert_shard(
+    source: Source, shard: ShardPlan, out: OutputDir, device: torch.device, progress: Callable[[int], None]
+) -> None:
+    """Stream one file of `source` through `device` into `out`; `progress` gets the source bytes of each tensor.
+
+    Raises `CheckpointError` on bad weights or a file that changes meanwhile, `OutputError` where writing fails.
+    """
+    recipe = out.plan.recipe
+    plans = {tensor.name: tensor for tensor in shard.tensors}
+    digest = hashlib.sha256()
+    rows = []
+    with source.open(shard.source) as container, out.writer(shard) as writer:
+        for name, _, data in container.stream(digest):
+            stored, error = convert_tensor(plans[name], data, recipe, device)
+            for stored_name, stored_data in stored.items():
+                writer.put(stored_name, stored_data)
+            rows.append(_record(plans[name], shard.output, stored, error))
+            progress(len(data))
+    out.record(FileRecord(shard.source, container.size, digest.hexdigest()), rows)
+
+
+def convert_tensor(
+    plan: TensorPlan, data: bytearray, recipe: Recipe, device: torch.device
+) -> tuple[dict[str, bytearray], ErrorRecord | None]:
+    """The stored tensors of one source tensor as bytes, by name, and the error of a quantised one."""
+    if not plan.quantized:
+        return {plan.name: data}, None
+    method, scheme = METHODS[recipe.method], recipe.scheme
+    weight = tensor_from(data, plan.spec)
+    scale_dtype = TORCH_DTYPES[scale_dtype_for(plan.spec.dtype)]
+    stored = {name: bytearray() for name in plan.stored}
+    squares = torch.zeros(2, dtype=torch.float64)
+    for block in _row_blocks(weight):
+        block = block.to(device)
+        try:
+            quantized = method(block, scheme, scale_dtype)
+        except NonFiniteError:
+            check_finite(weight, f"tensor {plan.name!r}")  # again on the whole, to name the place in the file
+            raise
+        for name, tensor in zip(stored, quantized.tensors(), strict=True):
+            stored[name] += bytes_of(tensor)
+        squares += _squared_error(block, quantized, scheme)
+    error, total = squares.tolist()
+    # Six digits: the last bits of a sum depend on the device that adds.
+    return stored, ErrorRecord(float(f"{error / total if total else 0.0:.6g}"))
+
+
+def _row_blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    """Blocks of whole rows, a multiple of 8 of them because zero points are packed along the rows."""
+    rows = ceil_div(BLOCK_WEIGHTS, weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
+    return weight.split(rows)
+
+
+def _squared_error(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
+    """‖W − Ŵ‖² and ‖W‖² as float64 [2] on the host."""
+    difference = weight.float() - dequantize(quantized, weight.shape[1], scheme)
+    return torch.stack([x.double().square().sum() for x in (difference, weight)]).cpu()
+
+
+def _record(plan: TensorPlan, file: str, stored: dict[str, bytearray], error: ErrorRecord | None) -> TensorRecord:
+    digests = tuple(hashlib.sha256(data).hexdigest() for data in stored.values())
+    spec = plan.spec
+    return TensorRecord(plan.name, spec.dtype, spec.shape, plan.quantized, plan.reason, file, digests, error)

@@ -1,0 +1,118 @@
+"""What happens to each tensor, and why: decided before any work."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from converter.source import Source
+from formats.errors import CheckpointError, UsageError
+from formats.layout import TensorSpec, stored_tensors
+from formats.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_SUFFIX, Recipe
+from formats.selection import kept_by_default, matches, never_quantized
+
+LINEAR = "linear layer"
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the source, and what becomes of it: `stored` are the tensors written for it."""
+
+    name: str
+    spec: TensorSpec
+    quantized: bool
+    reason: str
+    stored: dict[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One file to write, from one file of the source."""
+
+    source: str
+    output: str
+    tensors: tuple[TensorPlan, ...]
+
+    @property
+    def stored(self) -> dict[str, TensorSpec]:
+        """The tensors of the file."""
+        return {name: spec for tensor in self.tensors for name, spec in tensor.stored.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole conversion."""
+
+    recipe: Recipe
+    shards: tuple[ShardPlan, ...]
+
+    @property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """All tensors, shard by shard."""
+        return tuple(tensor for shard in self.shards for tensor in shard.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors to be written."""
+        return sum(spec.nbytes for shard in self.shards for spec in shard.stored.values())
+
+
+def make_plan(source: Source, recipe: Recipe) -> Plan:
+    """Decide for every tensor of `source`.
+
+    Raises `UsageError` for a pattern that matches or changes nothing, `CheckpointError` where names would collide.
+    """
+    model_type = str((source.config or {}).get("model_type", ""))
+    shards = tuple(
+        ShardPlan(shard, output, tuple(_decide(name, spec, model_type, recipe) for name, spec in tensors.items()))
+        for (shard, tensors), output in zip(source.shards.items(), _output_names(len(source.shards)), strict=True)
+    )
+    plan = Plan(recipe, shards)
+    _check_patterns(plan)
+    _check_collisions(plan, source)
+    return plan
+
+
+def _decide(name: str, spec: TensorSpec, model_type: str, recipe: Recipe) -> TensorPlan:
+    include, exclude = _first_match(recipe.include, name), _first_match(recipe.exclude, name)
+    kept = never_quantized(name, spec, model_type)
+    if kept is None and exclude:
+        kept = f"excluded by {exclude}"
+    if kept is None and not include:
+        kept = kept_by_default(name)
+    reason = kept or (f"included by {include}" if include else LINEAR)
+    return TensorPlan(name, spec, kept is None, reason, stored_tensors(name, spec, recipe.scheme if not kept else None))
+
+
+def _first_match(patterns: Sequence[str], name: str) -> str | None:
+    return next((pattern for pattern in patterns if matches(pattern, name)), None)
+
+
+def _check_patterns(plan: Plan) -> None:
+    recipe = plan.recipe
+    for pattern in recipe.include + recipe.exclude:
+        hits = [tensor for tensor in plan.tensors if matches(pattern, tensor.name)]
+        if not hits:
+            raise UsageError(f"pattern {pattern!r}: matches no tensor; --dry-run lists their names")
+        if pattern in recipe.include and not any(tensor.quantized for tensor in hits):
+            reasons = sorted({tensor.reason for tensor in hits})
+            raise UsageError(f"--include {pattern!r}: all that it matches is kept nevertheless ({'; '.join(reasons)})")
+
+
+def _check_collisions(plan: Plan, source: Source) -> None:
+    seen: set[str] = set()
+    for tensor in plan.tensors:
+        if taken := sorted(seen & tensor.stored.keys()):
+            raise CheckpointError(
+                f"{source.folder}: {tensor.name!r} would be stored as {taken}, a name that the source holds already; "
+                "keep it with --exclude"
+            )
+        seen |= tensor.stored.keys()
+    if taken := [name for name in source.side_files if name in (MANIFEST_NAME, INDEX_NAME)]:
+        raise CheckpointError(f"{source.folder}: holds {taken}, names that the output needs; rename or remove them")
+
+
+def _output_names(count: int) -> Iterator[str]:
+    if count == 1:
+        yield f"model{SHARD_SUFFIX}"
+        return
+    for i in range(1, count + 1):
+        yield f"model-{i:05d}-of-{count:05d}{SHARD_SUFFIX}"

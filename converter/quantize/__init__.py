@@ -1,0 +1,15 @@
+"""Quantisation methods by name; each turns a matrix into the format's tensors on the device where it lies."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from converter.quantize.absmax import absmax
+from formats.codec import Quantized
+from formats.layout import Scheme
+
+Method = Callable[[Tensor, Scheme, torch.dtype], Quantized]
+
+METHODS: dict[str, Method] = {"absmax": absmax}
+DEFAULT_METHOD = "absmax"

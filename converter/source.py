@@ -1,0 +1,173 @@
+"""The checkpoint to convert: a folder or a Hub repository, pinned, with every header checked before any work."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from formats.container import SUFFIX, Container
+from formats.errors import CheckpointError, UsageError
+from formats.files import read_small, safe_name
+from formats.hub import cache_root, download
+from formats.layout import TensorSpec
+from formats.strict_json import parse_object
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model" + SUFFIX
+
+# Other forms of the same weights; they are neither read nor copied.
+WEIGHT_SUFFIXES = (
+    SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
+    ".ot", ".npz", ".tflite", ".mlmodel", ".nemo",
+)  # fmt: skip
+WEIGHT_INDEX_SUFFIXES = tuple(suffix + ".index.json" for suffix in WEIGHT_SUFFIXES)
+
+QUANTIZED_SUFFIXES = (
+    ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point",
+    ".weight.absmax", ".weight.quant_state",
+)  # fmt: skip
+QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked checkpoint: `shards` maps each weight file to its tensors, in file order."""
+
+    id: str
+    revision: str | None
+    folder: Path
+    root: Path  # no file outside it is opened, whatever a link says
+    config: dict[str, Any] | None
+    shards: dict[str, dict[str, TensorSpec]]
+    side_files: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for tensors in self.shards.values() for spec in tensors.values())
+
+    def open(self, shard: str) -> Container:
+        """Open a weight file for reading."""
+        return Container(self.folder / shard, self.root)
+
+
+def open_source(model: str, revision: str | None = None) -> Source:
+    """Open a folder, or else fetch the Hub repository `model` at `revision`, resolved to one commit.
+
+    Raises `CheckpointError` for anything that cannot be converted whole, `HubError` and `TemporaryError` from the Hub.
+    """
+    if Path(model).is_dir():
+        if revision is not None:
+            raise UsageError(f"{model}: is a folder, which has no revision {revision!r}; leave --revision out")
+        folder = Path(model)
+        return _read(folder, Path(model).resolve().name, None)
+    folder = download(model, revision, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES])
+    commit = folder.name
+    index = folder / INDEX_NAME
+    names = sorted(set(_weight_map(index, cache_root(folder)).values())) if index.exists() else [SINGLE_NAME]
+    return _read(download(model, commit, allow=names), model, commit)
+
+
+def _read(folder: Path, name: str, commit: str | None) -> Source:
+    root = cache_root(folder.resolve())
+    config = _read_config(folder, root)
+    shards = _read_shards(folder, root)
+    _refuse_quantized(folder, shards)
+    return Source(name, commit, folder, root, config, shards, tuple(_side_files(folder)))
+
+
+def _read_config(folder: Path, root: Path) -> dict[str, Any] | None:
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        return None
+    config = parse_object(read_small(path, root), str(path), constants=True)
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = config[key].get("quant_method") if isinstance(config[key], dict) else config[key]
+            raise CheckpointError(
+                f"{path}: the model is already quantised ({method}); expected 16- or 32-bit weights: "
+                "convert the model that it was made from"
+            )
+    return config
+
+
+def _weight_map(path: Path, root: Path) -> dict[str, str]:
+    weight_map = parse_object(read_small(path, root), str(path)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path}: has no weight_map from tensor names to file names; fetch it again")
+    for name in sorted(set(weight_map.values())):
+        safe_name(name, str(path))
+        if not name.endswith(SUFFIX):
+            raise CheckpointError(f"{path}: names {name!r}; expected only {SUFFIX} files: nothing else is ever opened")
+    return weight_map
+
+
+def _read_shards(folder: Path, root: Path) -> dict[str, dict[str, TensorSpec]]:
+    index = folder / INDEX_NAME
+    if not index.exists():
+        if not (folder / SINGLE_NAME).exists():
+            raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(folder)}")
+        return {SINGLE_NAME: _read_header(folder / SINGLE_NAME, root)}
+    weight_map = _weight_map(index, root)
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{index}: names {_some(missing)} which are not in the folder; fetch them again")
+    shards = {name: _read_header(folder / name, root) for name in names}
+    _compare_with_index(weight_map, shards, index)
+    return shards
+
+
+def _read_header(path: Path, root: Path) -> dict[str, TensorSpec]:
+    with Container(path, root) as container:
+        return {name: entry.spec for name, entry in container.tensors.items()}
+
+
+def _compare_with_index(weight_map: dict[str, str], shards: dict[str, dict[str, TensorSpec]], index: Path) -> None:
+    found: dict[str, str] = {}
+    for shard, tensors in shards.items():
+        for name in tensors:
+            if name in found:
+                raise CheckpointError(
+                    f"{index}: tensor {name!r} is in {found[name]} and in {shard}; expected one place"
+                )
+            found[name] = shard
+    if missing := [name for name in sorted(weight_map) if name not in found]:
+        raise CheckpointError(f"{index}: names tensors that no shard holds: {_some(missing)}; fetch the shards again")
+    if extra := [name for name in sorted(found) if found[name] != weight_map.get(name)]:
+        raise CheckpointError(f"{index}: does not list, or lists elsewhere, tensors of the shards: {_some(extra)}")
+
+
+def _refuse_quantized(folder: Path, shards: dict[str, dict[str, TensorSpec]]) -> None:
+    for shard, tensors in shards.items():
+        for name, spec in tensors.items():
+            if name.endswith(QUANTIZED_SUFFIXES) or spec.dtype in QUANTIZED_DTYPES:
+                raise CheckpointError(
+                    f"{folder / shard}: tensor {name!r} ({spec}) belongs to a model that is already quantised; "
+                    "expected 16- or 32-bit weights: convert the model that it was made from"
+                )
+
+
+def _found_instead(folder: Path) -> str:
+    files = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHT_SUFFIXES))
+    return (
+        f"found {_some(files) or 'no weight files'}. Only safetensors files of these names are read, and pickled "
+        "weights are never opened: save the model again with transformers' save_pretrained"
+    )
+
+
+def _side_files(folder: Path) -> Iterator[str]:
+    """Every file that is not weights, below `folder`, hidden ones left out."""
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            relative = (Path(parent) / name).relative_to(folder).as_posix()
+            if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES + WEIGHT_INDEX_SUFFIXES):
+                yield safe_name(relative, str(folder))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:10])
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"

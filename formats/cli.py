@@ -1,0 +1,90 @@
+"""`int4-inspect`: what an int4 checkpoint folder is, and whether every byte of it is right."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import click
+
+from formats import __version__
+from formats.checkpoint import Checkpoint
+from formats.command import run
+from formats.layout import ROW_WISE
+from formats.manifest import Manifest, TensorRecord
+from formats.records import to_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Counts and sizes in bytes of a checkpoint's tensors; bits per weight of the quantised ones, scales included."""
+
+    quantized: int
+    kept: int
+    bits_per_weight: float
+    source_bytes: int
+    stored_bytes: int
+
+
+def sizes(manifest: Manifest) -> Sizes:
+    """Add up the rows of `manifest`."""
+    quantized = [row for row in manifest.tensors if row.quantized]
+    weights = sum(row.spec.numel for row in quantized)
+    int4_bytes = sum(_stored_bytes(row, manifest) for row in quantized)
+    return Sizes(
+        quantized=len(quantized),
+        kept=len(manifest.tensors) - len(quantized),
+        bits_per_weight=round(8 * int4_bytes / weights, 4) if weights else 0.0,
+        source_bytes=sum(row.spec.nbytes for row in manifest.tensors),
+        stored_bytes=sum(_stored_bytes(row, manifest) for row in manifest.tensors),
+    )
+
+
+def _stored_bytes(row: TensorRecord, manifest: Manifest) -> int:
+    return sum(spec.nbytes for spec in row.stored(manifest.recipe.scheme).values())
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--verify", is_flag=True, help="Read every file and check every hash, header, shape and scale.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest and the sizes as JSON.")
+@click.version_option(__version__)
+def command(folder: Path, verify: bool, as_json: bool) -> None:
+    """Describe the int4 checkpoint in FOLDER; exit code 3 says that it is damaged."""
+    checkpoint = Checkpoint(folder)
+    if verify:
+        checkpoint.verify()
+    manifest = checkpoint.manifest
+    if as_json:
+        fields = {**to_json(manifest), **dataclasses.asdict(sizes(manifest)), "verified": verify}
+        click.echo(json.dumps(fields, indent=2))
+        return
+    for line in _description(manifest):
+        click.echo(line)
+    if verify:
+        click.echo(f"verified: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every byte as it was written")
+
+
+def _description(manifest: Manifest) -> list[str]:
+    recipe, source, total = manifest.recipe, manifest.source, sizes(manifest)
+    group = "one group a row" if recipe.group_size == ROW_WISE else f"groups of {recipe.group_size}"
+    kind = "symmetric" if recipe.symmetric else "asymmetric"
+    lines = [
+        f"source     {source.id}" + (f" at {source.revision}" if source.revision else ""),
+        f"recipe     {recipe.method}, {kind}, {group}, by {recipe.converter}",
+        f"quantised  {total.quantized} tensors, {total.bits_per_weight:.4f} bits a weight",
+        f"kept       {total.kept} tensors",
+        f"size       {total.source_bytes / 1e6:,.1f} MB -> {total.stored_bytes / 1e6:,.1f} MB",
+    ]
+    lines += [f"included   {pattern}" for pattern in recipe.include]
+    lines += [f"excluded   {pattern}" for pattern in recipe.exclude]
+    kept = [row for row in manifest.tensors if not row.quantized]
+    for reason, count in Counter(row.reason for row in kept).most_common():
+        names = [row.name for row in kept if row.reason == reason]
+        lines.append(f"  {count:4} {reason}: {', '.join(names[:3])}{', …' if count > 3 else ''}")
+    return lines
+
+
+def main() -> None:
+    """Entry point of `int4-inspect`."""
+    run(command)

@@ -1,0 +1,135 @@
+"""The definition of the numbers, in plain torch: what codes, scales and zero points are and how they are packed.
+
+Every kernel of this project must agree with this module bit for bit. W ≈ (code − zero) · scale, group by group.
+N = rows, K = columns, G = groups in a row (see SPEC.md).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from formats.errors import CheckpointError, NonFiniteError
+from formats.layout import CODE_MAX, CODE_MIN, CODES_PER_WORD, Scheme, ceil_div
+
+LEVELS = CODE_MAX - CODE_MIN
+
+# The smallest magnitude a scale may have: what its type can hold and fp32 holds as a normal number.
+MIN_SCALE = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix in the format's own tensors, named as their suffixes on disk."""
+
+    packed: Tensor  # int32 [N, ceil(K/8)]
+    scale: Tensor  # bf16 or fp16 [N, G]
+    zero_point: Tensor | None  # int32 [ceil(N/8), G], only in the asymmetric scheme
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors in the order of `Scheme.stored`."""
+        return [t for t in (self.packed, self.scale, self.zero_point) if t is not None]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes −8..7 as int8 [N, K] → words int32 [N, ceil(K/8)]; word w holds columns 8w.. from its low bits up."""
+    columns = codes.shape[1]
+    codes = F.pad(codes, (0, ceil_div(columns, CODES_PER_WORD) * CODES_PER_WORD - columns))
+    nibbles = (codes - CODE_MIN).to(torch.uint8)
+    octets = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    return octets.contiguous().view(torch.int32)  # little-endian, as every machine that torch runs on
+
+
+def unpack(words: Tensor, columns: int) -> Tensor:
+    """Words int32 [N, ceil(K/8)] → codes int8 [N, K]: the inverse of `pack`."""
+    octets = words.contiguous().view(torch.uint8)
+    nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1).flatten(1)
+    return (nibbles.to(torch.int8) + CODE_MIN)[:, :columns]
+
+
+def pack_zero_point(zero: Tensor) -> Tensor:
+    """Zero points −8..7 as int8 [N, G] → words int32 [ceil(N/8), G], packed along N."""
+    return pack(zero.T).T.contiguous()
+
+
+def unpack_zero_point(words: Tensor, rows: int) -> Tensor:
+    """Words int32 [ceil(N/8), G] → zero points int8 [N, G]."""
+    return unpack(words.T, rows).T
+
+
+def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """[N, K] → [N, G, group width]; a short last group is filled up with zeros."""
+    columns = weight.shape[1]
+    width, groups = scheme.group_width(columns), scheme.groups(columns)
+    return F.pad(weight, (0, groups * width - columns)).unflatten(1, (groups, width))
+
+
+def as_stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """fp32 magnitudes [N, G] → scales as they are stored: rounded, never zero; 1 where the group is all zeros."""
+    rounded = scale.to(scale_dtype).clamp(min=MIN_SCALE[scale_dtype])
+    return torch.where(scale == 0, torch.ones_like(rounded), rounded)
+
+
+def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The plain scales of `weight` fp32 [N, K]: max|w| / 7, or min–max over 15 steps with zero points.
+
+    Returns scales [N, G] in `scale_dtype`, and zero points int8 [N, G] in the asymmetric scheme.
+    """
+    groups = grouped(weight, scheme)
+    if scheme.symmetric:
+        return as_stored(groups.abs().amax(-1) / CODE_MAX, scale_dtype), None
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scale = as_stored(high / LEVELS - low / LEVELS, scale_dtype)  # two divisions: high − low could overflow
+    zero = torch.round(CODE_MIN - low / scale.float()).clamp(CODE_MIN, CODE_MAX)
+    return scale, zero.to(torch.int8)
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """Codes int8 [N, K] of `weight` fp32 [N, K] for `scale` as stored [N, G] and `zero` int8 [N, G].
+
+    code = clamp(round half to even(w / scale) + zero, −8, 7), computed in fp32.
+    """
+    codes = torch.round(grouped(weight, scheme) / scale.float().unsqueeze(-1))
+    if zero is not None:
+        codes += zero.unsqueeze(-1)
+    return codes.clamp_(CODE_MIN, CODE_MAX).to(torch.int8).flatten(1)[:, : weight.shape[1]]
+
+
+def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:
+    """Quantise `weight` [N, K] of any floating type with `absmax` scales in `scale_dtype` (bf16 or fp16).
+
+    Raises `NonFiniteError` on NaN or infinity.
+    """
+    check_finite(weight)
+    weight = weight.float()
+    scale, zero = absmax(weight, scheme, scale_dtype)
+    packed = pack(encode(weight, scale, zero, scheme))
+    return Quantized(packed, scale, None if zero is None else pack_zero_point(zero))
+
+
+def dequantize(quantized: Quantized, columns: int, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(code − zero) · scale as `dtype` [N, K]; the product is formed in fp32 and rounded once."""
+    codes = grouped(unpack(quantized.packed, columns).float(), scheme)
+    if quantized.zero_point is not None:
+        codes = codes - unpack_zero_point(quantized.zero_point, codes.shape[0]).unsqueeze(-1)
+    weight = codes * quantized.scale.float().unsqueeze(-1)
+    return weight.flatten(1)[:, :columns].to(dtype)
+
+
+def check_finite(weight: Tensor, where: str = "weight") -> None:
+    """Raise `NonFiniteError` with count and first place if `weight` [N, K] holds NaN or infinity."""
+    bad = ~torch.isfinite(weight)
+    if bad.any():
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise NonFiniteError(
+            f"{where}: {int(bad.sum())} of {weight.numel()} weights are NaN or infinite, first at row {row}, "
+            f"column {column}; expected finite numbers: repair the source, or keep this tensor with --exclude"
+        )
+
+
+def check_scale(scale: Tensor) -> None:
+    """Raise `CheckpointError` if a stored scale is NaN, infinite or zero."""
+    bad = ~torch.isfinite(scale) | (scale == 0)
+    if bad.any():
+        raise CheckpointError(f"{int(bad.sum())} of {scale.numel()} scales are NaN, infinite or zero; convert it again")

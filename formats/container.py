@@ -1,0 +1,232 @@
+"""The safetensors container, read strictly with pread and written as a stream.
+
+A mapped file that is cut short kills the process that reads it, so nothing is mapped here.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from formats.errors import CheckpointError
+from formats.files import open_regular, write_all
+from formats.layout import DTYPE_BYTES, TensorSpec
+from formats.strict_json import parse_object
+
+SUFFIX = ".safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_NAME_BYTES = 512
+DATA_ALIGNMENT = 64
+
+_NOT_SAFETENSORS = {
+    b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`",
+    b"<!DOCTYPE": "a web page; download it again",
+    b"<html": "a web page; download it again",
+    b"PK\x03\x04": "a zip or pickle file; convert the model to safetensors first",
+    b"\x80": "a pickle file; convert the model to safetensors first",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: what it is, and its bytes as absolute offsets [start, end)."""
+
+    spec: TensorSpec
+    start: int
+    end: int
+
+
+class Container:
+    """A safetensors file opened for reading; `tensors` lists its entries in the order of their bytes.
+
+    Raises `CheckpointError` unless the tensors cover the file exactly, without holes, overlaps or trailing bytes.
+    """
+
+    def __init__(self, path: Path, root: Path | None = None) -> None:
+        self.path = path
+        self._fd = open_regular(path, root)
+        try:
+            self._opened = os.fstat(self._fd)
+            self.size = self._opened.st_size
+            self._header, self.tensors, self.metadata = self._parse_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Container":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, name: str) -> bytearray:
+        """The bytes of the tensor `name`, in a buffer of their own."""
+        entry = self.tensors[name]
+        return self._read(entry.start, entry.end)
+
+    def stream(self, digest: "hashlib._Hash | None" = None) -> Iterator[tuple[str, TensorSpec, bytearray]]:
+        """Yield every tensor once, in file order; `digest` is fed the whole file, its header included.
+
+        Raises `CheckpointError` if the file changed since it was opened.
+        """
+        if digest is not None:
+            digest.update(self._header)
+        for name, entry in self.tensors.items():
+            data = self._read(entry.start, entry.end)
+            if digest is not None:
+                digest.update(data)
+            yield name, entry.spec, data
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self.size, self._opened.st_mtime_ns):
+            raise CheckpointError(f"{self.path}: changed while it was read; wait until it is complete and run again")
+
+    def _read(self, start: int, end: int) -> bytearray:
+        data = bytearray(end - start)
+        view = memoryview(data)
+        done = 0
+        while done < len(data):
+            try:
+                count = os.preadv(self._fd, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path}: cannot be read at byte {start + done} ({error.strerror})"
+                ) from None
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {start + done}, expected at least {end}; the file was cut short"
+                )
+            done += count
+        return data
+
+    def _parse_header(self) -> tuple[bytes, dict[str, Entry], dict[str, str]]:
+        length = int.from_bytes(self._read(0, min(8, self.size)), "little")
+        if self.size < 8 or length > min(MAX_HEADER_BYTES, self.size - 8):
+            raise CheckpointError(f"{self.path}: is not a whole safetensors file: {self._describe(length)}")
+        header = bytes(self._read(0, 8 + length))
+        if header[8:9] != b"{":
+            raise CheckpointError(f"{self.path}: header does not begin with '{{'; fetch the file again")
+        fields = parse_object(header[8:], f"{self.path}: header")
+        metadata = _parse_metadata(fields.pop("__metadata__", {}), self.path)
+        entries = {name: _parse_entry(name, raw, 8 + length, self.path) for name, raw in fields.items()}
+        ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
+        position = 8 + length
+        for name, entry in ordered.items():
+            if entry.start != position:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} begins at byte {entry.start}, expected {position}: "
+                    "the header leaves a hole or an overlap; fetch the file again"
+                )
+            position = entry.end
+        if position != self.size:
+            raise CheckpointError(
+                f"{self.path}: is {self.size} bytes, its header describes {position}; fetch the file again"
+            )
+        return header, ordered, metadata
+
+    def _describe(self, length: int) -> str:
+        start = bytes(self._read(0, min(32, self.size)))
+        for magic, what in _NOT_SAFETENSORS.items():
+            if start.startswith(magic):
+                return f"it is {what}"
+        return f"{self.size} bytes, header of {length} bytes announced; the download is incomplete or the file damaged"
+
+
+def _parse_metadata(raw: Any, path: Path) -> dict[str, str]:
+    if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
+        raise CheckpointError(f"{path}: header field __metadata__ is not a map of strings; fetch the file again")
+    return raw
+
+
+def _parse_entry(name: str, raw: Any, data_start: int, path: Path) -> Entry:
+    where = f"{path}: tensor {name[:200]!r}"
+    if not name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+        raise CheckpointError(f"{where}: expected a printable name of 1 to {MAX_NAME_BYTES} bytes")
+    if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: header entry needs exactly dtype, shape and data_offsets; fetch it again")
+    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise CheckpointError(f"{where}: type {dtype!r} is not supported; expected one of {', '.join(DTYPE_BYTES)}")
+    for field, value in (("shape", shape), ("data_offsets", offsets)):
+        # `type(v) is int`: a JSON true would pass as an int.
+        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
+            raise CheckpointError(f"{where}: {field} is {value!r}, expected whole numbers from 0; fetch it again")
+    spec = TensorSpec(dtype, tuple(shape))
+    if len(offsets) != 2 or offsets[1] - offsets[0] != spec.nbytes:
+        raise CheckpointError(f"{where}: data_offsets {offsets}, but {spec} takes {spec.nbytes} bytes; fetch it again")
+    return Entry(spec, data_start + offsets[0], data_start + offsets[1])
+
+
+def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The order of tensors in a file: as given, but sizes that are no multiple of 8 last, widest type first.
+
+    So every tensor starts at a multiple of its element size, which readers that map files rely on.
+    """
+
+    def key(name: str) -> int:
+        spec = specs[name]
+        return -DTYPE_BYTES[spec.dtype] if spec.nbytes % 8 else -9
+
+    return sorted(specs, key=key)
+
+
+def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """The header, length field included, of a file that holds `specs` in `file_order`."""
+    fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name in file_order(specs):
+        spec = specs[name]
+        end = position + spec.nbytes
+        fields[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(fields, separators=(",", ":")).encode("ascii")
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+class Writer:
+    """Streams tensors to a descriptor in `file_order`, hashing as it writes; the header goes first.
+
+    A tensor that comes before its turn waits in memory.
+    """
+
+    def __init__(self, fd: int, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self._fd = fd
+        self._specs = specs
+        self._order = iter(file_order(specs))
+        self._next = next(self._order, None)
+        self._waiting: dict[str, bytes | bytearray | memoryview] = {}
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._write(build_header(specs, metadata))
+
+    def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
+        """Write the tensor `name`; raises `ValueError` when its size is not the announced one."""
+        if len(data) != self._specs[name].nbytes:
+            raise ValueError(f"{name}: got {len(data)} bytes for {self._specs[name]}")
+        self._waiting[name] = data
+        while self._next in self._waiting:
+            self._write(self._waiting.pop(self._next))
+            self._next = next(self._order, None)
+
+    def finish(self) -> tuple[int, str]:
+        """Size and SHA-256 of the whole file; raises `ValueError` while a tensor is missing."""
+        if self._next is not None:
+            raise ValueError(f"tensor {self._next} was never written")
+        return self._size, self._digest.hexdigest()
+
+    def _write(self, data: bytes | bytearray | memoryview) -> None:
+        write_all(self._fd, data)
+        self._digest.update(data)
+        self._size += len(data)

@@ -1,0 +1,165 @@
+"""The manifest of an int4 checkpoint: what was made of what, by which recipe, and the digest of every byte."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from formats.container import SUFFIX
+from formats.errors import CheckpointError, UsageError
+from formats.files import read_small, safe_name
+from formats.layout import DTYPE_BYTES, Scheme, TensorSpec, stored_tensors
+from formats.records import from_json, to_json
+from formats.strict_json import canonical, parse_object
+
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "model.safetensors.index.i4.json"
+SHARD_SUFFIX = ".i4" + SUFFIX
+FORMAT_VERSION = 1
+FEATURES: frozenset[str] = frozenset()  # what a `requires` entry may name in this version
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file: its name inside the folder, size in bytes and SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """Where the weights came from: Hub id or folder name, commit (null for a folder), and its weight files."""
+
+    id: str
+    revision: str | None
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every option that changes a byte of the output."""
+
+    converter: str
+    method: str
+    group_size: int
+    symmetric: bool
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of the quantised tensors."""
+        return Scheme(self.group_size, self.symmetric)
+
+
+@dataclass(frozen=True)
+class ErrorRecord:
+    """How far the int4 matrix is from its source: ‖W − Ŵ‖² / ‖W‖²."""
+
+    relative_mse: float
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of the source: quantised or kept, and why; `sha256` has a digest for each of its stored tensors."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    quantized: bool
+    reason: str
+    file: str
+    sha256: tuple[str, ...]
+    error: ErrorRecord | None
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Type and shape in the source."""
+        return TensorSpec(self.dtype, self.shape)
+
+    def stored(self, scheme: Scheme) -> dict[str, TensorSpec]:
+        """The tensors on disk that stand for this one."""
+        return stored_tensors(self.name, self.spec, scheme if self.quantized else None)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole record; `digest` is the SHA-256 of its canonical JSON with an empty `digest`."""
+
+    format_version: int
+    requires: tuple[str, ...]
+    source: SourceRecord
+    recipe: Recipe
+    tensors: tuple[TensorRecord, ...]
+    files: tuple[FileRecord, ...]
+    digest: str = ""
+
+    def sealed(self) -> "Manifest":
+        """This manifest with its digest filled in."""
+        bare = replace(self, digest="")
+        return replace(bare, digest=hashlib.sha256(canonical(to_json(bare))).hexdigest())
+
+    def to_bytes(self) -> bytes:
+        """The canonical text of the sealed manifest."""
+        return canonical(to_json(self.sealed()))
+
+    @property
+    def shards(self) -> dict[str, dict[str, TensorSpec]]:
+        """Shard name → the tensors that it stores, in the order of the rows."""
+        shards: dict[str, dict[str, TensorSpec]] = {}
+        for row in self.tensors:
+            shards.setdefault(row.file, {}).update(row.stored(self.recipe.scheme))
+        return shards
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint folder; raises `CheckpointError`."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: holds no {MANIFEST_NAME}; it is no int4 checkpoint, or its conversion did not finish: "
+            "run int4-convert again"
+        )
+    fields = parse_object(read_small(path), str(path))
+    _check_version(fields.get("format_version"), fields.get("requires"), path)
+    manifest = from_json(Manifest, fields, str(path))
+    if manifest.sealed().digest != manifest.digest:
+        raise CheckpointError(f"{path}: its digest does not match its text; it was changed or damaged: fetch it again")
+    _check_rows(manifest, path)
+    return manifest
+
+
+def _check_version(version: object, requires: object, path: Path) -> None:
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path}: format_version is {version!r}, expected a number from 1; fetch it again")
+    unknown = sorted(set(requires) - FEATURES) if isinstance(requires, list) and version == FORMAT_VERSION else []
+    if version > FORMAT_VERSION or unknown:
+        found = f"needs {unknown}" if unknown else f"is format version {version}"
+        raise CheckpointError(f"{path}: {found}, this program reads version {FORMAT_VERSION}; upgrade int4-convert")
+
+
+def _check_rows(manifest: Manifest, path: Path) -> None:
+    """Every row must describe something that can exist: names, types, shapes and files that fit together."""
+    files = {safe_name(file.name, str(path)) for file in manifest.files}
+    if len(files) != len(manifest.files):
+        raise CheckpointError(f"{path}: lists a file twice; convert the model again")
+    try:
+        scheme = manifest.recipe.scheme
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    stored: set[str] = set()
+    for row in manifest.tensors:
+        where = f"{path}: tensor {row.name[:200]!r}"
+        if row.dtype not in DTYPE_BYTES or any(size < 0 for size in row.shape):
+            raise CheckpointError(f"{where}: is {row.dtype[:20]} {list(row.shape)}, which no file can hold")
+        if row.quantized and (len(row.shape) != 2 or 0 in row.shape):
+            raise CheckpointError(f"{where}: is quantized with shape {list(row.shape)}, expected a matrix")
+        if row.file not in files or not row.file.endswith(SHARD_SUFFIX):
+            raise CheckpointError(f"{where}: stands in {row.file[:200]!r}, which is no shard of this checkpoint")
+        names = set(row.stored(scheme))
+        if len(row.sha256) != len(names):
+            raise CheckpointError(f"{where}: has {len(row.sha256)} digests for {len(names)} stored tensors")
+        if names & stored:
+            raise CheckpointError(f"{where}: {sorted(names & stored)} are stored twice; convert the model again")
+        stored |= names

@@ -1,0 +1,71 @@
+"""Which tensors become int4 by default, and the patterns by which people change that; from names and shapes alone."""
+
+import re
+from fnmatch import fnmatchcase
+
+from formats.errors import UsageError
+from formats.layout import TensorSpec
+
+WEIGHT = ".weight"
+REGEX = "re:"
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+
+# Kept unless a pattern names them: what the path of the module looks like, and the reason given.
+KEPT_BY_DEFAULT = tuple(
+    (re.compile(pattern, re.IGNORECASE), reason)
+    for pattern, reason in (
+        (r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$|^output$", "output head"),
+        (r"(^|\.)(gate|router|shared_expert_gate)$|(^|\.)router\.", "router"),
+        (r"(^|\.)([^.]*norm[^.]*|ln_[^.]*)$", "norm"),
+        (
+            r"(^|\.)(visual|vision[^.]*|audio[^.]*|image[^.]*|mm_projector|multi_modal_projector|[^.]*_tower)(\.|$)",
+            "vision or audio part",
+        ),
+    )
+)
+
+# Never a linear layer, whatever a pattern says: nothing could load it as one.
+EMBEDDING = re.compile(
+    r"(^|\.)([^.]*embed|[^.]*embeddings?|[^.]*embed_(tokens|positions|in)[^.]*|wte|wpe|shared|relative_attention_bias)$"
+)
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+
+
+def never_quantized(name: str, spec: TensorSpec, model_type: str = "") -> str | None:
+    """Why no option can make the tensor an int4 linear layer, or None if one can."""
+    module = name.removesuffix(WEIGHT)
+    if name.endswith(".bias"):
+        return "bias"
+    if len(spec.shape) != 2:
+        return f"{len(spec.shape)}-D"
+    if spec.dtype not in FLOAT_DTYPES:
+        return f"type {spec.dtype}"
+    if spec.numel == 0:
+        return "empty"
+    if not name.endswith(WEIGHT):
+        return "not named .weight"
+    if EMBEDDING.search(module):
+        return "embedding"
+    if model_type in CONV1D_MODELS and CONV1D.search(module):
+        return "Conv1D, stored [in, out]"
+    return None
+
+
+def kept_by_default(name: str) -> str | None:
+    """Why the matrix `name` stays as it is unless it is asked for, or None if it is quantised."""
+    module = name.removesuffix(WEIGHT)
+    return next((reason for pattern, reason in KEPT_BY_DEFAULT if pattern.search(module)), None)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Glob on the name of a tensor or its module; after `re:` a regular expression found anywhere in the tensor's.
+
+    Raises `UsageError` for a broken regular expression.
+    """
+    if not pattern.startswith(REGEX):
+        return fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(WEIGHT), pattern)
+    try:
+        return re.search(pattern.removeprefix(REGEX), name) is not None
+    except re.error as error:
+        raise UsageError(f"pattern {pattern!r}: is no regular expression ({error}); check it after 're:'") from None

@@ -1,0 +1,35 @@
+"""Between stored bytes and torch tensors."""
+
+import torch
+from torch import Tensor
+
+from formats.layout import TensorSpec
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64,
+}  # fmt: skip
+
+
+def tensor_from(data: bytearray, spec: TensorSpec) -> Tensor:
+    """The tensor whose bytes are `data`, which it shares."""
+    if spec.numel == 0:
+        return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
+
+
+def bytes_of(tensor: Tensor) -> bytearray:
+    """A copy of the bytes of `tensor` on the host, row-major."""
+    data = bytearray(tensor.numel() * tensor.element_size())
+    if data:
+        torch.frombuffer(data, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+    return data
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Type and shape of `tensor`, in the format's names."""
+    names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+    return TensorSpec(names[tensor.dtype], tuple(tensor.shape))

@@ -1,0 +1,141 @@
+"""`int4-eval`: perplexity, divergence, speed and size of an int4 checkpoint."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from formats import __version__
+from formats.command import run
+from formats.errors import CheckpointError, UsageError
+from formats.files import publish_bytes
+from formats.hub import download
+from runtime.evaluate import Evaluation, Measurement, evaluate, windows_of
+from runtime.load import default_device, load, resolve
+from runtime.texts import DATASETS, read_text
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("checkpoint")
+@click.option("--reference", help="The model that it was made from, a folder or a Hub id, to compare with.")
+@click.option("--text", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A UTF-8 file to predict.")
+@click.option("--dataset", type=click.Choice(sorted(DATASETS)), help="A standard text from the Hub instead.")
+@click.option("--seq-len", default=2048, help="Tokens in a window; windows do not overlap, the tail is dropped.")
+@click.option("--max-windows", type=click.IntRange(min=1), help="Stop after so many windows.  [default: all]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Windows in a forward pass.")
+@click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Type to compute in.  [default: the checkpoint's]")
+@click.option("--device", help="Where to run.  [default: cuda if there is a GPU, else cpu]")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file too.")
+@click.version_option(__version__)
+def command(
+    checkpoint: str,
+    reference: str | None,
+    text: Path | None,
+    dataset: str | None,
+    seq_len: int,
+    max_windows: int | None,
+    batch_size: int,
+    dtype: str | None,
+    device: str | None,
+    json_file: Path | None,
+) -> None:
+    """Evaluate the int4 CHECKPOINT, a folder or a Hub id, on a text.
+
+    The text is tokenised whole and once, without special tokens, and every token is predicted from those before it in
+    its window.
+    """
+    if (text is None) == (dataset is None):
+        raise UsageError("give a text: either --text FILE or --dataset NAME")
+    place = default_device(device)
+    kind = None if dtype is None else DTYPES[dtype]
+    folder = resolve(checkpoint)
+    model = load(folder, device=place, dtype=kind)
+    original = None if reference is None else _load_reference(reference, place, kind)
+    corpus = read_text(text) if text is not None else DATASETS[str(dataset)]()
+    windows = windows_of(_tokenize(folder, corpus), seq_len, max_windows)
+    with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar:
+        result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
+    protocol = {
+        "text": str(text) if text is not None else dataset,
+        "seq_len": seq_len,
+        "windows": len(windows),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
+    }
+    click.echo(_table(result, protocol))
+    if json_file is not None:
+        publish_bytes(json_file, (json.dumps(as_json(result, protocol), indent=2) + "\n").encode())
+
+
+def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    import transformers
+
+    folder = Path(reference) if Path(reference).is_dir() else download(reference, ignore=["*.bin", "*.pt", "*.pth"])
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{reference}: transformers cannot load it ({error})") from None
+    placed: nn.Module = model.to(device).eval()
+    return placed
+
+
+def _tokenize(folder: Path, text: str) -> Tensor:
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer ({error})") from None
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def as_json(result: Evaluation, protocol: dict[str, Any]) -> dict[str, Any]:
+    """The figures as they stand in `--json`: the model's own at the top, beside them what compares."""
+    fields = dataclasses.asdict(result)
+    return {**fields.pop("model"), **{key: value for key, value in fields.items() if value is not None}, **protocol}
+
+
+def _table(result: Evaluation, protocol: dict[str, Any]) -> str:
+    columns = [("int4", result.model)]
+    if result.reference is not None:
+        columns.append(("reference", result.reference))
+    lines = [
+        f"{protocol['windows']} windows of {protocol['seq_len']} tokens, {protocol['dtype']}, {protocol['device']}",
+        f"{'':24}" + "".join(f"{title:>14}" for title, _ in columns),
+    ]
+    cells = [_cells(measurement) for _, measurement in columns]
+    lines += [f"{label:24}" + "".join(f"{cell[label]:>14}" for cell in cells) for label in cells[0]]
+    if result.reference is not None and result.kld is not None and result.same_top1 is not None:
+        increase = result.model.perplexity / result.reference.perplexity - 1
+        lines += [
+            f"perplexity increase     {increase:>+14.2%}",
+            f"KL divergence, nats     {result.kld.mean:>14.4f}  mean",
+            f"{'':24}{result.kld.median:>14.4f}  median",
+            f"{'':24}{result.kld.p999:>14.4f}  99.9 %",
+            f"same first choice       {result.same_top1:>14.2%}",
+        ]
+    return "\n".join(lines)
+
+
+def _cells(measurement: Measurement) -> dict[str, str]:
+    peak = measurement.peak_memory_bytes
+    return {
+        "perplexity": f"{measurement.perplexity:.3f}",
+        "tokens/s": f"{measurement.tokens_per_second:,.0f}",
+        "weights, MB": f"{measurement.weight_bytes / 1e6:,.1f}",
+        "peak memory, MB": "on GPU only" if peak is None else f"{peak / 1e6:,.1f}",
+    }
+
+
+def main() -> None:
+    """Entry point of `int4-eval`."""
+    run(command)

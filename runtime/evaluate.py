@@ -1,0 +1,170 @@
+"""How good, fast and large a language model is, alone and against the model that it was made from."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from formats.errors import UsageError
+
+CHUNK_TOKENS = 1024  # log-probabilities in fp32 at a time: a vocabulary is large
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model over one text: `tokens` are those predicted; throughput counts every token of a forward pass.
+
+    `peak_memory_bytes` is the model's own tensors and the most that a forward pass allocated above them on the GPU;
+    None on a CPU, where it cannot be told apart from the rest of the process.
+    """
+
+    perplexity: float
+    tokens: int
+    tokens_per_second: float
+    weight_bytes: int
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(reference ‖ model) of the next-token distributions over all predicted tokens, in nats."""
+
+    mean: float
+    median: float
+    p999: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's figures, and with a reference its figures and how far the two are apart."""
+
+    model: Measurement
+    reference: Measurement | None = None
+    kld: Divergence | None = None
+    same_top1: float | None = None
+
+
+def windows_of(tokens: Tensor, seq_len: int, max_windows: int | None = None) -> Tensor:
+    """Tokens [T] → windows [W, seq_len] that do not overlap; the tail is dropped.
+
+    Raises `UsageError` when the text has not one whole window.
+    """
+    count = tokens.numel() // seq_len
+    if count == 0 or seq_len < 2:
+        raise UsageError(f"the text has {tokens.numel()} tokens, too few for a window of {seq_len}; lower --seq-len")
+    count = min(count, max_windows or count)
+    return tokens[: count * seq_len].view(count, seq_len)
+
+
+class _Runner:
+    """Runs one model and keeps its account."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.weight_bytes = weight_bytes(model)
+        self.nll = 0.0
+        self.tokens = 0
+        self._seen = 0
+        self._seconds = 0.0
+        self._above: int | None = None
+
+    def forward(self, batch: Tensor) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T], timed."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+        started = time.perf_counter()
+        logits: Tensor = self.model(input_ids=batch, use_cache=False).logits
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            above = torch.cuda.max_memory_allocated(self.device) - before
+            self._above = max(self._above or 0, above)
+        self._seconds += time.perf_counter() - started
+        self._seen += batch.numel()
+        return logits
+
+    def warm_up(self, batch: Tensor) -> None:
+        """Run once without keeping the time, which includes compilation."""
+        self.forward(batch)
+        self._seconds, self._seen = 0.0, 0
+
+    def measurement(self) -> Measurement:
+        return Measurement(
+            math.exp(self.nll / self.tokens),
+            self.tokens,
+            self._seen / self._seconds,
+            self.weight_bytes,
+            None if self._above is None else self.weight_bytes + self._above,
+        )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    windows: Tensor,
+    *,
+    reference: nn.Module | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int], object] = lambda windows: None,
+) -> Evaluation:
+    """Perplexity of `model` over `windows` [W, T], each token predicted from those before it in its window.
+
+    With `reference`, the same for it and the divergence between the two, batch by batch, so that no logits are kept.
+    """
+    device = next(model.parameters()).device
+    runner = _Runner(model, device)
+    other = None if reference is None else _Runner(reference, device)
+    divergences: list[Tensor] = []
+    same = 0
+    for run in (runner, other):
+        if run is not None:
+            run.warm_up(windows[:batch_size].to(device))
+    for rows in windows.split(batch_size):  # type: ignore[no-untyped-call]
+        batch = rows.to(device)
+        logits = runner.forward(batch)
+        expected = None if other is None else other.forward(batch)
+        for q, p, target in _chunks(logits, expected, batch):
+            _account(runner, q, target)
+            if p is not None and other is not None:
+                _account(other, p, target)
+                divergences.append((p.exp() * (p - q)).sum(-1).cpu())
+                same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        progress(len(rows))
+    if other is None:
+        return Evaluation(runner.measurement())
+    kld = torch.cat(divergences)
+    return Evaluation(runner.measurement(), other.measurement(), _summary(kld), same / kld.numel())
+
+
+def _chunks(logits: Tensor, expected: Tensor | None, batch: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Log-probabilities fp32 [C, V] of model and reference, and the tokens [C] that came, a chunk at a time."""
+    targets = batch[:, 1:].flatten()
+    flat = [None if x is None else x[:, :-1].flatten(0, 1) for x in (logits, expected)]
+    for start in range(0, targets.numel(), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        q, p = (None if x is None else x[part].float().log_softmax(-1) for x in flat)
+        if q is not None:
+            yield q, p, targets[part]
+
+
+def _account(runner: _Runner, log_probabilities: Tensor, targets: Tensor) -> None:
+    runner.nll -= log_probabilities.gather(1, targets[:, None]).double().sum().item()
+    runner.tokens += targets.numel()
+
+
+def _summary(kld: Tensor) -> Divergence:
+    ordered = kld.double().sort().values
+    last = len(ordered) - 1
+    return Divergence(ordered.mean().item(), ordered[last // 2].item(), ordered[round(0.999 * last)].item())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; a tensor that is used twice counts once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,1 @@
+"""One module per kernel; each agrees with `formats.codec` within the rounding of its accumulation."""

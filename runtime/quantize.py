@@ -1,0 +1,37 @@
+"""Int4 for a model in memory, without files."""
+
+from torch import nn
+
+from formats.errors import NonFiniteError
+from formats.layout import Scheme
+from formats.selection import WEIGHT, kept_by_default, matches, never_quantized
+from formats.tensors import spec_of
+from runtime.linear import Int4Linear
+
+
+def quantize_(
+    module: nn.Module, group_size: int = 256, *, symmetric: bool = True, exclude: tuple[str, ...] = ()
+) -> nn.Module:
+    """Replace the linear layers of `module` in place by `Int4Linear` with the codec's absmax scales; returns it.
+
+    Output heads, routers and layers whose weight is shared stay, as in the converter, and so does what a pattern of
+    `exclude` names. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group size or pattern.
+    """
+    scheme = Scheme(group_size, symmetric)
+    holders: dict[int, int] = {}
+    for child in module.modules():
+        for parameter in child._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for path, child in list(module.named_modules()):
+        name = path + WEIGHT
+        if not path or not isinstance(child, nn.Linear) or holders[id(child.weight)] > 1:
+            continue
+        kept = never_quantized(name, spec_of(child.weight)) or kept_by_default(name)
+        if kept or any(matches(pattern, name) for pattern in exclude):
+            continue
+        try:
+            layer = Int4Linear.from_linear(child, scheme)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{path}: {error}") from None
+        module.set_submodule(path, layer.train(child.training))
+    return module

@@ -1,0 +1,39 @@
+"""Texts to evaluate on."""
+
+import hashlib
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from formats.errors import CheckpointError, UsageError
+from formats.hub import download
+
+WIKITEXT_REPO, WIKITEXT_ZIP = "ggml-org/ci", "wikitext-2-raw-v1.zip"
+WIKITEXT_TEST = "wikitext-2-raw/wiki.test.raw"
+WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file; raises `UsageError` when it is none."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def wikitext2() -> str:
+    """The test split of WikiText-2 raw as the standard protocol joins it; the file's SHA-256 is checked."""
+    archive = download(WIKITEXT_REPO, allow=[WIKITEXT_ZIP], repo_type="dataset") / WIKITEXT_ZIP
+    with zipfile.ZipFile(archive) as files:
+        raw = files.read(WIKITEXT_TEST)
+    if hashlib.sha256(raw).hexdigest() != WIKITEXT_SHA256:
+        raise CheckpointError(f"{archive}: {WIKITEXT_TEST} is not the official test split; delete it and run again")
+    return join_rows(raw.decode("utf-8"))
+
+
+def join_rows(raw: str) -> str:
+    """The raw file as the dataset's rows (its lines, blank ones empty) joined by blank lines."""
+    return "\n\n".join(line if line.strip() else "" for line in raw.splitlines(keepends=True))
+
+
+DATASETS: dict[str, Callable[[], str]] = {"wikitext2": wikitext2}
