@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import click
 import torch
 from tqdm import tqdm
 
-from converter.convert import Summary, convert, make_recipe, summarize
+from converter.convert import convert, make_recipe
 from converter.plan import Plan, make_plan
 from converter.quantize import DEFAULT_METHOD, METHODS
 from converter.source import open_source
@@ -16,6 +17,7 @@ from formats import __version__
 from formats.command import run
 from formats.errors import UsageError
 from formats.layout import Scheme
+from formats.sizes import Sizes
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -61,11 +63,13 @@ def command(
         return
     # disable=None: a bar only where someone watches it.
     with tqdm(total=source.nbytes, unit="B", unit_scale=True, desc=source.id, disable=True if quiet else None) as bar:
-        summary = convert(source, plan, out_dir, chosen, overwrite=overwrite, progress=bar.update)
+        started = time.monotonic()
+        manifest = convert(source, plan, out_dir, chosen, overwrite=overwrite, progress=bar.update)
+        seconds = time.monotonic() - started
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(summary)))
+        click.echo(json.dumps({**dataclasses.asdict(manifest.sizes), "seconds": round(seconds, 3)}))
     elif not quiet:
-        click.echo(f"{out_dir}: {_sentence(summary)}, {summary.seconds:.1f} s on {chosen}")
+        click.echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {chosen}")
 
 
 def _device(name: str | None) -> torch.device:
@@ -77,32 +81,22 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _sentence(summary: Summary) -> str:
-    before, after = summary.source_bytes, summary.output_bytes
+def _sentence(sizes: Sizes) -> str:
+    before, after = sizes.source_bytes, sizes.stored_bytes
     return (
-        f"{summary.quantized} tensors quantised at {summary.bits_per_weight:.2f} bits a weight, {summary.kept} kept, "
+        f"{sizes.quantized} tensors quantised at {sizes.bits_per_weight:.2f} bits a weight, {sizes.kept} kept, "
         f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / max(after, 1):.2f} times smaller)"
     )
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
-    summary = summarize(plan)
     if as_json:
-        rows = [
-            {
-                "name": tensor.name,
-                "dtype": tensor.spec.dtype,
-                "shape": tensor.spec.shape,
-                "quantized": tensor.quantized,
-                "reason": tensor.reason,
-            }
-            for tensor in plan.tensors
-        ]
-        click.echo(json.dumps({**dataclasses.asdict(summary), "tensors": rows}))
+        rows = [dataclasses.asdict(tensor) for tensor in plan.tensors]
+        click.echo(json.dumps({**dataclasses.asdict(plan.sizes), "tensors": rows}))
         return
     for tensor in plan.tensors:
         click.echo(f"{'int4' if tensor.quantized else 'keep'}  {tensor.name}  {tensor.spec}  ({tensor.reason})")
-    click.echo(f"would write: {_sentence(summary)}")
+    click.echo(f"would write: {_sentence(plan.sizes)}")
 
 
 def main() -> None:

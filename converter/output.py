@@ -14,7 +14,7 @@ from converter.plan import Plan, ShardPlan
 from converter.source import CONFIG_NAME, Source
 from formats.container import Writer
 from formats.errors import OutputError
-from formats.files import PARTIAL_SUFFIX, lock, open_regular, publish, publish_bytes, read_small, write_all
+from formats.files import PARTIAL_SUFFIX, lock, publish, publish_bytes, read_blocks, read_small, write_all
 from formats.layout import BITS
 from formats.manifest import (
     FORMAT_VERSION,
@@ -31,7 +31,6 @@ from formats.strict_json import canonical, parse_object
 LOCK_NAME = ".int4-convert.lock"
 JOURNAL_NAME = ".int4-convert.json"  # which files of an unfinished folder are ours
 SPARE_BYTES = 64 << 20  # for side files, index and manifest
-COPY_BLOCK = 1 << 20
 PARTIAL = re.compile(r"\.[0-9a-f]{8}" + re.escape(PARTIAL_SUFFIX) + "$")
 QUANT_METHOD = "i4"
 
@@ -109,7 +108,7 @@ class OutputDir:
 
     def _index(self) -> dict[str, Any]:
         weight_map = {name: shard.output for shard in self.plan.shards for name in shard.stored}
-        return {"metadata": {"total_size": self.plan.nbytes}, "weight_map": weight_map}
+        return {"metadata": {"total_size": self.plan.sizes.stored_bytes}, "weight_map": weight_map}
 
     def _config(self) -> bytes:
         """The source's configuration, with what a loader has to know about the weights."""
@@ -132,8 +131,8 @@ class OutputDir:
         target = self.folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
-        with open(open_regular(self.source.folder / name, self.source.root), "rb") as file, publish(target) as fd:
-            while block := file.read(COPY_BLOCK):
+        with publish(target) as fd:
+            for block in read_blocks(self.source.folder / name, self.source.root):
                 write_all(fd, block)
                 digest.update(block)
                 size += len(block)
@@ -179,7 +178,7 @@ class OutputDir:
         return set()
 
     def _refuse_full_disk(self) -> None:
-        needed = self.plan.nbytes + SPARE_BYTES
+        needed = self.plan.sizes.stored_bytes + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OutputError(

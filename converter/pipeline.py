@@ -20,7 +20,7 @@ BLOCK_WEIGHTS = 1 << 24  # on the device at a time; groups lie within rows, so t
 
 
 def convert_shard(
-    source: Source, shard: ShardPlan, out: OutputDir, device: torch.device, progress: Callable[[int], None]
+    source: Source, shard: ShardPlan, out: OutputDir, device: torch.device, progress: Callable[[int], object]
 ) -> None:
     """Stream one file of `source` through `device` into `out`; `progress` gets the source bytes of each tensor.
 
@@ -69,7 +69,7 @@ def convert_tensor(
 def _row_blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """Blocks of whole rows, a multiple of 8 of them because zero points are packed along the rows."""
     rows = ceil_div(BLOCK_WEIGHTS, weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
-    return weight.split(rows)
+    return torch.split(weight, rows)
 
 
 def _squared_error(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:

@@ -8,6 +8,7 @@ from formats.errors import CheckpointError, UsageError
 from formats.layout import TensorSpec, stored_tensors
 from formats.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_SUFFIX, Recipe
 from formats.selection import kept_by_default, matches, never_quantized
+from formats.sizes import Sizes, sizes_of
 
 LINEAR = "linear layer"
 
@@ -50,9 +51,9 @@ class Plan:
         return tuple(tensor for shard in self.shards for tensor in shard.tensors)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors to be written."""
-        return sum(spec.nbytes for shard in self.shards for spec in shard.stored.values())
+    def sizes(self) -> Sizes:
+        """Counts and sizes of the tensors."""
+        return sizes_of((tensor.spec, tensor.quantized, tensor.stored) for tensor in self.tensors)
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

@@ -7,12 +7,10 @@ from pathlib import Path
 from formats.codec import check_scale
 from formats.container import Container
 from formats.errors import CheckpointError
-from formats.files import open_regular
+from formats.files import read_blocks
 from formats.layout import SCALE, TensorSpec
 from formats.manifest import FileRecord, Manifest, read_manifest
 from formats.tensors import tensor_from
-
-HASH_BLOCK = 1 << 20
 
 
 class Checkpoint:
@@ -75,9 +73,8 @@ class Checkpoint:
 
 def _hash_file(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(open_regular(path), "rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
+    for block in read_blocks(path):
+        digest.update(block)
     return digest.hexdigest()
 
 

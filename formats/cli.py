@@ -11,37 +11,8 @@ from formats import __version__
 from formats.checkpoint import Checkpoint
 from formats.command import run
 from formats.layout import ROW_WISE
-from formats.manifest import Manifest, TensorRecord
+from formats.manifest import Manifest
 from formats.records import to_json
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Counts and sizes in bytes of a checkpoint's tensors; bits per weight of the quantised ones, scales included."""
-
-    quantized: int
-    kept: int
-    bits_per_weight: float
-    source_bytes: int
-    stored_bytes: int
-
-
-def sizes(manifest: Manifest) -> Sizes:
-    """Add up the rows of `manifest`."""
-    quantized = [row for row in manifest.tensors if row.quantized]
-    weights = sum(row.spec.numel for row in quantized)
-    int4_bytes = sum(_stored_bytes(row, manifest) for row in quantized)
-    return Sizes(
-        quantized=len(quantized),
-        kept=len(manifest.tensors) - len(quantized),
-        bits_per_weight=round(8 * int4_bytes / weights, 4) if weights else 0.0,
-        source_bytes=sum(row.spec.nbytes for row in manifest.tensors),
-        stored_bytes=sum(_stored_bytes(row, manifest) for row in manifest.tensors),
-    )
-
-
-def _stored_bytes(row: TensorRecord, manifest: Manifest) -> int:
-    return sum(spec.nbytes for spec in row.stored(manifest.recipe.scheme).values())
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,17 +27,19 @@ def command(folder: Path, verify: bool, as_json: bool) -> None:
         checkpoint.verify()
     manifest = checkpoint.manifest
     if as_json:
-        fields = {**to_json(manifest), **dataclasses.asdict(sizes(manifest)), "verified": verify}
+        fields = {**to_json(manifest), **dataclasses.asdict(manifest.sizes), "verified": verify}
         click.echo(json.dumps(fields, indent=2))
         return
     for line in _description(manifest):
         click.echo(line)
     if verify:
-        click.echo(f"verified: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every byte as it was written")
+        click.echo(
+            f"verified: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every byte as it was written"
+        )
 
 
 def _description(manifest: Manifest) -> list[str]:
-    recipe, source, total = manifest.recipe, manifest.source, sizes(manifest)
+    recipe, source, total = manifest.recipe, manifest.source, manifest.sizes
     group = "one group a row" if recipe.group_size == ROW_WISE else f"groups of {recipe.group_size}"
     kind = "symmetric" if recipe.symmetric else "asymmetric"
     lines = [

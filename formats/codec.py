@@ -62,7 +62,7 @@ def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     """[N, K] → [N, G, group width]; a short last group is filled up with zeros."""
     columns = weight.shape[1]
     width, groups = scheme.group_width(columns), scheme.groups(columns)
-    return F.pad(weight, (0, groups * width - columns)).unflatten(1, (groups, width))
+    return F.pad(weight, (0, groups * width - columns)).reshape(weight.shape[0], groups, width)
 
 
 def as_stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:

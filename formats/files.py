@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from formats.errors import CheckpointError, OutputError, TemporaryError
 
 PARTIAL_SUFFIX = ".partial"
+READ_BLOCK = 1 << 20
 
 
 def safe_name(name: str, where: str) -> str:
@@ -52,6 +53,13 @@ def read_small(path: Path, root: Path | None = None, limit: int = 64 << 20) -> b
     if len(raw) > limit:
         raise CheckpointError(f"{path}: is over {limit} bytes, more than any file of its kind needs")
     return raw
+
+
+def read_blocks(path: Path, root: Path | None = None) -> Iterator[bytes]:
+    """The bytes of a regular file of any size, block by block."""
+    with open(open_regular(path, root), "rb") as file:
+        while block := file.read(READ_BLOCK):
+            yield block
 
 
 def _sync_folder(folder: Path) -> None:

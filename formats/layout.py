@@ -61,7 +61,7 @@ class Scheme:
         size = self.group_size
         if size != ROW_WISE and (size <= 0 or size % CODES_PER_WORD):
             raise UsageError(
-                f"group size {size}: expected a positive multiple of {CODES_PER_WORD}, or {ROW_WISE} for one group a row"
+                f"group size {size}: expected a positive multiple of {CODES_PER_WORD}, or {ROW_WISE} for whole rows"
             )
 
     def group_width(self, columns: int) -> int:

@@ -9,6 +9,7 @@ from formats.errors import CheckpointError, UsageError
 from formats.files import read_small, safe_name
 from formats.layout import DTYPE_BYTES, Scheme, TensorSpec, stored_tensors
 from formats.records import from_json, to_json
+from formats.sizes import Sizes, sizes_of
 from formats.strict_json import canonical, parse_object
 
 MANIFEST_NAME = "manifest.json"
@@ -103,6 +104,11 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """The canonical text of the sealed manifest."""
         return canonical(to_json(self.sealed()))
+
+    @property
+    def sizes(self) -> Sizes:
+        """Counts and sizes of the tensors."""
+        return sizes_of((row.spec, row.quantized, row.stored(self.recipe.scheme)) for row in self.tensors)
 
     @property
     def shards(self) -> dict[str, dict[str, TensorSpec]]:

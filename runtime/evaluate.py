@@ -125,7 +125,7 @@ def evaluate(
     for run in (runner, other):
         if run is not None:
             run.warm_up(windows[:batch_size].to(device))
-    for rows in windows.split(batch_size):  # type: ignore[no-untyped-call]
+    for rows in torch.split(windows, batch_size):
         batch = rows.to(device)
         logits = runner.forward(batch)
         expected = None if other is None else other.forward(batch)

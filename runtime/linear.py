@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.codec import Quantized, dequantize, quantize
-from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme, TensorSpec, scale_dtype_for, stored_tensors
+from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme, stored_tensors
 from formats.tensors import TORCH_DTYPES, spec_of
 from runtime.ops import int4_linear
 
@@ -61,9 +61,10 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N] in the type of x."""
-        return int4_linear(
+        y: Tensor = int4_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.group_size
         )
+        return y
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ [N, K] as `dtype`."""
@@ -81,7 +82,7 @@ class Int4Linear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Int4Linear":
         # model.half() must not round the scales: codes were computed from them as stored.
         scale = self.weight_scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self

@@ -1,9 +1,10 @@
-"""From a checkpoint folder to a running module: build on meta, swap in int4 layers, stream the tensors in, check all."""
+"""From a checkpoint folder to a running module: build it on meta, swap in int4 layers, stream the tensors in."""
 
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from formats.layout import Scheme
 from formats.selection import WEIGHT
 from formats.tensors import TORCH_DTYPES, tensor_from
 from runtime.linear import Int4Linear
-
 
 ROTARY_TABLE = r"rotary_emb\.inv_freq$"  # old checkpoints hold it; models compute it
 
@@ -36,7 +36,7 @@ def load(
     """
     folder = resolve(folder_or_hub_id, revision)
     checkpoint = Checkpoint(folder)
-    model = build(folder, dtype)
+    model: nn.Module = build(folder, dtype)
     ignore = [ROTARY_TABLE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     fill(model, checkpoint, device=default_device(device), dtype=dtype, verify=verify, ignore=ignore)
     return model
@@ -72,7 +72,7 @@ def default_device(device: torch.device | str | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def build(folder: Path, dtype: torch.dtype | None) -> nn.Module:
+def build(folder: Path, dtype: torch.dtype | None) -> Any:
     """The transformers model of `folder`, in evaluation mode, its parameters on meta; no code of the folder is run."""
     try:
         import transformers
@@ -86,8 +86,9 @@ def build(folder: Path, dtype: torch.dtype | None) -> nn.Module:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: transformers cannot read its config.json ({_first_line(error)})") from None
     name = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
-    architecture = getattr(transformers, name, None)
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+    architecture: Any = getattr(transformers, name, None)
+    known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+    if not known:
         raise CheckpointError(f"{folder}: config.json names the architecture {name!r}, which this transformers lacks")
     with parameters_on_meta():
         model = architecture._from_config(config, dtype=dtype or getattr(config, "dtype", None))
@@ -200,7 +201,7 @@ def _assign(
     for name in sorted(names):
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        place = owner._parameters if leaf in owner._parameters else owner._buffers
+        place: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         old = place[leaf]
         if old is None or old.shape != tensor.shape:
             found = None if old is None else list(old.shape)

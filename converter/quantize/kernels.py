@@ -1,4 +1,4 @@
-"""Triton kernels that quantise: they read each weight once and write words and scales, bit for bit as the codec does."""
+"""Triton kernels that quantise in one pass over the weights, bit for bit as the codec does."""
 
 import torch
 import triton
