@@ -56,7 +56,7 @@ def command(
     """
     recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude)
     chosen = _device(device)
-    source = open_source(model, revision)
+    source = open_source(model, revision, quiet=quiet)
     plan = make_plan(source, recipe)
     if dry_run:
         _print_plan(plan, as_json)

@@ -132,7 +132,7 @@ class OutputDir:
         target.parent.mkdir(parents=True, exist_ok=True)
         digest, size = hashlib.sha256(), 0
         with publish(target) as fd:
-            for block in read_blocks(self.source.folder / name, self.source.root):
+            for block in read_blocks(self.source.folder / name, self.source.roots):
                 write_all(fd, block)
                 digest.update(block)
                 size += len(block)

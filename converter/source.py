@@ -1,5 +1,6 @@
 """The checkpoint to convert: a folder or a Hub repository, pinned, with every header checked before any work."""
 
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from formats.container import SUFFIX, Container
 from formats.errors import CheckpointError, UsageError
 from formats.files import read_small, safe_name
-from formats.hub import cache_root, download
+from formats.hub import download, link_roots
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
 
@@ -38,7 +39,7 @@ class Source:
     id: str
     revision: str | None
     folder: Path
-    root: Path  # no file outside it is opened, whatever a link says
+    roots: tuple[Path, ...]  # no file outside them is opened, whatever a link says
     config: dict[str, Any] | None
     shards: dict[str, dict[str, TensorSpec]]
     side_files: tuple[str, ...]
@@ -50,39 +51,40 @@ class Source:
 
     def open(self, shard: str) -> Container:
         """Open a weight file for reading."""
-        return Container(self.folder / shard, self.root)
+        return Container(self.folder / shard, self.roots)
 
 
-def open_source(model: str, revision: str | None = None) -> Source:
+def open_source(model: str, revision: str | None = None, *, quiet: bool = False) -> Source:
     """Open a folder, or else fetch the Hub repository `model` at `revision`, resolved to one commit.
 
-    Raises `CheckpointError` for anything that cannot be converted whole, `HubError` and `TemporaryError` from the Hub.
+    `quiet` hides the bars of the download. Raises `CheckpointError` for anything that cannot be converted whole,
+    `HubError` and `TemporaryError` from the Hub, `UsageError` for a name that is neither.
     """
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         if revision is not None:
             raise UsageError(f"{model}: is a folder, which has no revision {revision!r}; leave --revision out")
         folder = Path(model)
         return _read(folder, Path(model).resolve().name, None)
-    folder = download(model, revision, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES])
+    folder = download(model, revision, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES], quiet=quiet)
     commit = folder.name
     index = folder / INDEX_NAME
-    names = sorted(set(_weight_map(index, cache_root(folder)).values())) if index.exists() else [SINGLE_NAME]
-    return _read(download(model, commit, allow=names), model, commit)
+    names = sorted(set(_weight_map(index, link_roots(folder)).values())) if index.exists() else [SINGLE_NAME]
+    return _read(download(model, commit, allow=[glob.escape(name) for name in names], quiet=quiet), model, commit)
 
 
 def _read(folder: Path, name: str, commit: str | None) -> Source:
-    root = cache_root(folder.resolve())
-    config = _read_config(folder, root)
-    shards = _read_shards(folder, root)
+    roots = link_roots(folder.resolve())
+    config = _read_config(folder, roots)
+    shards = _read_shards(folder, roots)
     _refuse_quantized(folder, shards)
-    return Source(name, commit, folder, root, config, shards, tuple(_side_files(folder)))
+    return Source(name, commit, folder, roots, config, shards, tuple(_side_files(folder)))
 
 
-def _read_config(folder: Path, root: Path) -> dict[str, Any] | None:
+def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None:
     path = folder / CONFIG_NAME
     if not path.exists():
         return None
-    config = parse_object(read_small(path, root), str(path), constants=True)
+    config = parse_object(read_small(path, roots), str(path), constants=True)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             method = config[key].get("quant_method") if isinstance(config[key], dict) else config[key]
@@ -93,8 +95,8 @@ def _read_config(folder: Path, root: Path) -> dict[str, Any] | None:
     return config
 
 
-def _weight_map(path: Path, root: Path) -> dict[str, str]:
-    weight_map = parse_object(read_small(path, root), str(path)).get("weight_map")
+def _weight_map(path: Path, roots: tuple[Path, ...]) -> dict[str, str]:
+    weight_map = parse_object(read_small(path, roots), str(path)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: has no weight_map from tensor names to file names; fetch it again")
     for name in sorted(set(weight_map.values())):
@@ -104,24 +106,24 @@ def _weight_map(path: Path, root: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(folder: Path, root: Path) -> dict[str, dict[str, TensorSpec]]:
+def _read_shards(folder: Path, roots: tuple[Path, ...]) -> dict[str, dict[str, TensorSpec]]:
     index = folder / INDEX_NAME
     if not index.exists():
         if not (folder / SINGLE_NAME).exists():
             raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(folder)}")
-        return {SINGLE_NAME: _read_header(folder / SINGLE_NAME, root)}
-    weight_map = _weight_map(index, root)
+        return {SINGLE_NAME: _read_header(folder / SINGLE_NAME, roots)}
+    weight_map = _weight_map(index, roots)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{index}: names {_some(missing)} which are not in the folder; fetch them again")
-    shards = {name: _read_header(folder / name, root) for name in names}
+    shards = {name: _read_header(folder / name, roots) for name in names}
     _compare_with_index(weight_map, shards, index)
     return shards
 
 
-def _read_header(path: Path, root: Path) -> dict[str, TensorSpec]:
-    with Container(path, root) as container:
+def _read_header(path: Path, roots: tuple[Path, ...]) -> dict[str, TensorSpec]:
+    with Container(path, roots) as container:
         return {name: entry.spec for name, entry in container.tensors.items()}
 
 

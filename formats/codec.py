@@ -34,17 +34,17 @@ class Quantized:
 
 def pack(codes: Tensor) -> Tensor:
     """Codes −8..7 as int8 [N, K] → words int32 [N, ceil(K/8)]; word w holds columns 8w.. from its low bits up."""
-    columns = codes.shape[1]
-    codes = F.pad(codes, (0, ceil_div(columns, CODES_PER_WORD) * CODES_PER_WORD - columns))
-    nibbles = (codes - CODE_MIN).to(torch.uint8)
+    rows, columns = codes.shape
+    words = ceil_div(columns, CODES_PER_WORD)
+    nibbles = F.pad(codes, (0, words * CODES_PER_WORD - columns)).sub(CODE_MIN).to(torch.uint8)
     octets = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-    return octets.contiguous().view(torch.int32)  # little-endian, as every machine that torch runs on
+    return octets.flatten().view(torch.int32).view(rows, words)  # little-endian, as every machine that torch runs on
 
 
 def unpack(words: Tensor, columns: int) -> Tensor:
     """Words int32 [N, ceil(K/8)] → codes int8 [N, K]: the inverse of `pack`."""
-    octets = words.contiguous().view(torch.uint8)
-    nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1).flatten(1)
+    octets = words.flatten().view(torch.uint8)
+    nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1).view(words.shape[0], -1)
     return (nibbles.to(torch.int8) + CODE_MIN)[:, :columns]
 
 

@@ -6,7 +6,7 @@ A mapped file that is cut short kills the process that reads it, so nothing is m
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -46,9 +46,9 @@ class Container:
     Raises `CheckpointError` unless the tensors cover the file exactly, without holes, overlaps or trailing bytes.
     """
 
-    def __init__(self, path: Path, root: Path | None = None) -> None:
+    def __init__(self, path: Path, roots: Sequence[Path] = ()) -> None:
         self.path = path
-        self._fd = open_regular(path, root)
+        self._fd = open_regular(path, roots)
         try:
             self._opened = os.fstat(self._fd)
             self.size = self._opened.st_size

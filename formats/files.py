@@ -5,7 +5,7 @@ import fcntl
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -31,10 +31,10 @@ def safe_name(name: str, where: str) -> str:
     return name
 
 
-def open_regular(path: Path, root: Path | None = None) -> int:
-    """Open `path` for reading as a file descriptor; anything but a regular file (below `root`) is refused."""
-    if root is not None and not path.resolve().is_relative_to(root.resolve()):
-        raise CheckpointError(f"{path}: is a link to {path.resolve()}, outside {root}; copy the file in its place")
+def open_regular(path: Path, roots: Sequence[Path] = ()) -> int:
+    """Open `path` for reading as a file descriptor; anything but a regular file (below one of `roots`) is refused."""
+    if roots and not any(path.resolve().is_relative_to(root.resolve()) for root in roots):
+        raise CheckpointError(f"{path}: is a link to {path.resolve()}, outside {roots[0]}; copy the file in its place")
     try:
         # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -46,18 +46,18 @@ def open_regular(path: Path, root: Path | None = None) -> int:
     return fd
 
 
-def read_small(path: Path, root: Path | None = None, limit: int = 64 << 20) -> bytes:
+def read_small(path: Path, roots: Sequence[Path] = (), limit: int = 64 << 20) -> bytes:
     """The bytes of a regular file of at most `limit` bytes."""
-    with open(open_regular(path, root), "rb") as file:
+    with open(open_regular(path, roots), "rb") as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:
         raise CheckpointError(f"{path}: is over {limit} bytes, more than any file of its kind needs")
     return raw
 
 
-def read_blocks(path: Path, root: Path | None = None) -> Iterator[bytes]:
+def read_blocks(path: Path, roots: Sequence[Path] = ()) -> Iterator[bytes]:
     """The bytes of a regular file of any size, block by block."""
-    with open(open_regular(path, root), "rb") as file:
+    with open(open_regular(path, roots), "rb") as file:
         while block := file.read(READ_BLOCK):
             yield block
 

@@ -139,14 +139,13 @@ def fill(
         used |= row.stored(scheme).keys()
     tied = _tied_names(module)
     _compare(used, tied, where)
+    _refuse_meta_tables(module, tied, where)
     for name, spec, data in checkpoint.stream(verify):
         if name in used:
             # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
             names = tied[name] - (used - {name})
             _assign(module, names, tensor_from(data, spec), device, dtype, where)
     module.to(device)
-    if left := sorted(name for name, tensor in _tensors(module) if tensor.is_meta):
-        raise CheckpointError(f"{where}: leaves {_some(left)} on the meta device; build these buffers before loading")
 
 
 def _swap(
@@ -168,12 +167,6 @@ def _swap(
     module.set_submodule(path, new.train(old.training))
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer, tied ones under each of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
 def _tied_names(module: nn.Module) -> dict[str, set[str]]:
     """Each name of the state dict → all names of that same tensor."""
     stored = module.state_dict(keep_vars=True)
@@ -191,6 +184,12 @@ def _compare(used: set[str], tied: dict[str, set[str]], where: Path) -> None:
             f"{where}: does not fit the model: {len(missing)} tensors missing ({_some(missing)}), "
             f"{len(unexpected)} unexpected ({_some(unexpected)}); is it the same architecture and version?"
         )
+
+
+def _refuse_meta_tables(module: nn.Module, stored: Iterable[str], where: Path) -> None:
+    left = sorted({name for name, buffer in module.named_buffers() if buffer.is_meta} - set(stored))
+    if left:
+        raise CheckpointError(f"{where}: leaves {_some(left)} on the meta device; build these buffers before loading")
 
 
 def _assign(

@@ -1,0 +1,33 @@
+"""The reference that the tests and benchmarks of the matmul kernels share."""
+
+import torch
+from checkpoints import random
+from torch import Tensor
+
+from formats import codec
+from formats.layout import Scheme
+
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # relative: the output's own rounding, 2^-11 and 2^-8, leads
+
+
+def operands(
+    tokens: int, rows: int, columns: int, scheme: Scheme, dtype: torch.dtype, device: str
+) -> tuple[Tensor, codec.Quantized, Tensor]:
+    """x [M, K], the quantised W [N, K] and a bias [N]."""
+    weight = random(rows, columns, seed=1, dtype=dtype)
+    quantized = codec.quantize(weight, scheme, dtype)
+    if scheme.symmetric:
+        quantized.scale[::2] *= -1  # the format allows it
+    moved = codec.Quantized(*(None if t is None else t.to(device) for t in vars(quantized).values()))
+    return (
+        (random(tokens, columns, seed=2, dtype=dtype) * 20).to(device),
+        moved,
+        random(rows, seed=3, dtype=dtype).to(device),
+    )
+
+
+def relative_error(y: Tensor, x: Tensor, quantized: codec.Quantized, bias: Tensor | None, scheme: Scheme) -> float:
+    """‖y − y₆₄‖ / ‖y₆₄‖ with y₆₄ in fp64 from the dequantised weight; NaN gives NaN, which passes no bound."""
+    weight = codec.dequantize(quantized, x.shape[1], scheme, torch.float64)
+    exact = x.double() @ weight.T + (0 if bias is None else bias.double())
+    return ((y.double() - exact).norm() / exact.norm()).item()

@@ -1,0 +1,99 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import convert_folder, write_checkpoint
+
+from formats.checkpoint import Checkpoint
+from formats.container import Container
+from formats.errors import CheckpointError
+from formats.layout import Scheme
+from formats.manifest import MANIFEST_NAME, Manifest
+from formats.records import from_json
+from formats.tensors import TORCH_DTYPES
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    convert_folder(write_checkpoint(tmp_path / "source"), tmp_path / "out", Scheme(16, symmetric=False))
+    return tmp_path / "out"
+
+
+def shard_of(folder: Path) -> Path:
+    return sorted(folder.glob("*.i4.safetensors"))[0]
+
+
+def test_a_whole_checkpoint_verifies(folder: Path) -> None:
+    Checkpoint(folder).verify()
+
+
+def test_one_flipped_bit_anywhere_is_reported(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for position in range(0, len(whole), max(1, len(whole) // 150)):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << (position % 8)
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                Checkpoint(folder).verify()
+        path.write_bytes(whole)
+    Checkpoint(folder).verify()
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_of_another_size_is_refused_at_once(folder: Path, change: int) -> None:
+    path = shard_of(folder)
+    data = path.read_bytes()
+    path.write_bytes(data[:change] if change < 0 else data + b"\0")
+    with pytest.raises(
+        CheckpointError, match=f"{path.name}: is {len(data) + change} bytes, the manifest says {len(data)}"
+    ):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00002-of-00002.i4.safetensors"])
+def test_a_missing_file_is_refused_at_once(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: is missing"):
+        Checkpoint(folder)
+
+
+def reseal(folder: Path, manifest: dict[str, object]) -> None:
+    (folder / MANIFEST_NAME).write_bytes(from_json(Manifest, manifest, "test").to_bytes())
+
+
+def test_a_shard_that_differs_from_the_manifest_is_refused_by_tensor(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    row = next(row for row in manifest["tensors"] if row["name"] == "model.norm.weight")
+    row["shape"] = [12]
+    reseal(folder, manifest)
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' is BF16 \[24\], the manifest says BF16 \[12\]"):
+        Checkpoint(folder).verify()
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_bad_scale_is_refused_even_without_hashes(folder: Path, bad: float) -> None:
+    name = "model.layers.0.q_proj.weight_scale"
+    path = next(path for path in folder.glob("*.i4.safetensors") if name in Container(path).tensors)
+    start = Container(path).tensors[name].start
+    data = bytearray(path.read_bytes())
+    data[start : start + 2] = torch.tensor([bad]).bfloat16().view(torch.uint8).numpy().tobytes()
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="q_proj.weight_scale: 1 of 32 scales"):
+        list(Checkpoint(folder).stream(verify=False))
+
+
+def test_a_kept_tensor_named_like_a_scale_may_be_zero(tmp_path: Path) -> None:
+    source = write_checkpoint(
+        tmp_path / "source", {"clip.logit_weight_scales": torch.zeros(1), "logit_scale": torch.zeros(1)}
+    )
+    convert_folder(source, tmp_path / "out")
+    Checkpoint(tmp_path / "out").verify()
+
+
+def test_the_stream_yields_every_stored_tensor_in_its_type(folder: Path) -> None:
+    streamed = {name: spec for name, spec, _ in Checkpoint(folder).stream()}
+    expected = {name: spec for specs in Checkpoint(folder).manifest.shards.values() for name, spec in specs.items()}
+    assert streamed == expected
+    assert all(spec.dtype in TORCH_DTYPES for spec in streamed.values())

@@ -1,0 +1,222 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import EXAMPLE, contents, random, write_checkpoint
+
+import converter.cli
+import formats.cli
+import runtime.cli
+from formats.errors import TemporaryError
+from formats.manifest import MANIFEST_NAME
+
+MAINS = {"int4-convert": converter.cli.main, "int4-inspect": formats.cli.main, "int4-eval": runtime.cli.main}
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    def run(command: str, *arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
+        previous = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as exit_info:
+                MAINS[command]()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        captured = capsys.readouterr()
+        return Result(int(exit_info.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def test_convert_says_what_it_did(call: Call, source: Path, out: Path) -> None:
+    result = call("int4-convert", source, out, "--group-size", 8, "--device", "cpu")
+    assert result.code == 0
+    assert re.fullmatch(
+        r".*/out: 2 tensors quantised at 6\.\d\d bits a weight, 4 kept, 0\.0 MB -> 0\.0 MB .*, \d+\.\d s on cpu\n",
+        result.out,
+    )
+    assert result.err == ""  # no bar where nobody watches
+
+
+def test_convert_quiet_says_nothing(call: Call, source: Path, out: Path) -> None:
+    result = call("int4-convert", source, out, "--quiet")
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+def test_convert_json_is_the_summary(call: Call, source: Path, out: Path) -> None:
+    fields = json.loads(call("int4-convert", source, out, "--json", "--group-size", 8).out)
+    assert fields.keys() == {"quantized", "kept", "bits_per_weight", "source_bytes", "stored_bytes", "seconds"}
+    assert (fields["quantized"], fields["kept"]) == (2, 4)
+
+
+def test_dry_run_lists_every_tensor_and_writes_nothing(call: Call, source: Path, out: Path) -> None:
+    result = call("int4-convert", source, out, "--dry-run")
+    assert result.code == 0
+    assert "int4  model.layers.0.q_proj.weight  BF16 [16, 24]  (linear layer)" in result.out
+    assert "keep  lm_head.weight  BF16 [32, 24]  (output head)" in result.out
+    assert "would write: 2 tensors quantised" in result.out
+    assert not out.exists()
+
+
+def test_dry_run_json_has_the_plan(call: Call, source: Path, out: Path) -> None:
+    fields = json.loads(call("int4-convert", source, out, "--dry-run", "--json").out)
+    assert {tensor["name"]: tensor["quantized"] for tensor in fields["tensors"]}["lm_head.weight"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group-size", 0], "group size 0"),
+        (["--group-size", 7], "group size 7"),
+        (["--scheme", "odd"], "'odd' is not one of"),
+        (["--method", "magic"], "'magic' is not"),
+        (["--include", "nothing"], "matches no tensor"),
+        (["--exclude", "re:("], "no regular expression"),
+        (["--revision", "main"], "leave --revision out"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_wrong_use_ends_with_2(call: Call, source: Path, out: Path, arguments: list[object], message: str) -> None:
+    result = call("int4-convert", source, out, *arguments)
+    assert result.code == 2
+    assert message in result.err
+    assert not out.exists()
+
+
+def test_a_bad_checkpoint_ends_with_3_and_one_line(call: Call, tmp_path: Path, out: Path) -> None:
+    weight = random(8, 8)
+    weight[0, 0] = float("nan")
+    result = call("int4-convert", write_checkpoint(tmp_path / "s", {"a.weight": weight}, shards=1), out)
+    assert result.code == 3
+    assert re.fullmatch(r"error: tensor 'a\.weight': 1 of 64 weights .*\n", result.err)
+
+
+def test_a_bad_output_folder_ends_with_5(call: Call, source: Path) -> None:
+    result = call("int4-convert", source, source / "out")
+    assert (result.code, result.err.count("\n")) == (5, 1)
+
+
+def test_a_passing_trouble_ends_with_75(call: Call, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*args: object, **kwargs: object) -> None:
+        raise TemporaryError("busy")
+
+    monkeypatch.setattr(converter.cli, "open_source", busy)
+    assert call("int4-convert", source, out).code == 75
+
+
+def test_an_interrupt_ends_with_130(call: Call, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(converter.cli, "convert", interrupt)
+    result = call("int4-convert", source, out)
+    assert (result.code, result.err) == (130, "\ninterrupted\n")
+
+
+def test_a_termination_ends_with_143_and_leaves_nothing_half_made(tmp_path: Path, out: Path) -> None:
+    tensors = {f"layers.{i}.proj.weight": random(2048, 2048, seed=i) for i in range(24)}
+    source = write_checkpoint(tmp_path / "source", tensors, shards=1)
+    process = subprocess.Popen([sys.executable, "-m", "converter", str(source), str(out), "--device", "cpu"])
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not any(name.endswith((".partial", ".safetensors", MANIFEST_NAME)) for name in contents(out))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "out"
+    subprocess.run([sys.executable, "-m", "converter", str(EXAMPLE), str(out), "--quiet"], check=True)
+    return out
+
+
+def test_inspect_describes_the_checkpoint(call: Call, converted: Path) -> None:
+    result = call("int4-inspect", converted, "--verify")
+    assert result.code == 0
+    for line in (
+        "source     tiny-llama",
+        "recipe     absmax, symmetric, groups of 256, by int4-convert ",
+        "quantised  21 tensors, 4.0",
+        "1 embedding: model.embed_tokens.weight",
+        "verified: ",
+    ):
+        assert line in result.out
+
+
+def test_inspect_json_holds_the_manifest(call: Call, converted: Path) -> None:
+    fields = json.loads(call("int4-inspect", converted, "--json").out)
+    manifest = json.loads((converted / MANIFEST_NAME).read_text())
+    assert manifest.items() <= fields.items()
+    assert (fields["quantized"], fields["verified"]) == (21, False)
+
+
+def test_inspect_of_a_damaged_checkpoint_ends_with_3(call: Call, source: Path, out: Path) -> None:
+    call("int4-convert", source, out, "--quiet")
+    with (out / "tokenizer.json").open("r+b") as file:
+        file.write(b"[")
+    assert call("int4-inspect", out).code == 0
+    result = call("int4-inspect", out, "--verify")
+    assert result.code == 3
+    assert re.fullmatch(r"error: .*tokenizer.json: SHA-256 is .*fetch it again\n", result.err)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="written for a CPU")
+def test_eval_prints_a_table_and_writes_json(call: Call, converted: Path, tmp_path: Path) -> None:
+    text = EXAMPLE.parent / "tiny-llama.heldout.txt"
+    result = call(
+        "int4-eval", converted, "--reference", EXAMPLE, "--text", text, "--seq-len", 64, "--max-windows", 8,
+        "--batch-size", 4, "--dtype", "float32", "--json", tmp_path / "eval.json",
+    )  # fmt: skip
+    assert result.code == 0
+    assert "8 windows of 64 tokens, float32, cpu" in result.out
+    fields = json.loads((tmp_path / "eval.json").read_text())
+    figures = {"perplexity", "tokens", "tokens_per_second", "weight_bytes", "peak_memory_bytes"}
+    assert figures <= fields.keys()
+    assert fields["reference"].keys() == figures
+    assert fields["kld"].keys() == {"mean", "median", "p999"}
+    assert fields["tokens"] == fields["reference"]["tokens"] == 8 * 63
+    assert 1 < fields["perplexity"] / fields["reference"]["perplexity"] < 1.3
+    assert 0 < fields["kld"]["mean"] < 0.3
+    assert 0.7 < fields["same_top1"] < 1
+    assert fields["weight_bytes"] < fields["reference"]["weight_bytes"]
+
+
+@pytest.mark.parametrize("texts", [[], ["--text", EXAMPLE / "config.json", "--dataset", "wikitext2"]])
+def test_eval_needs_exactly_one_text(call: Call, converted: Path, texts: list[object]) -> None:
+    result = call("int4-eval", converted, *texts)
+    assert (result.code, "give a text" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("command", sorted(MAINS))
+def test_help_ends_with_0(call: Call, command: str) -> None:
+    result = call(command, "--help")
+    assert (result.code, "Usage:" in result.out) == (0, True)

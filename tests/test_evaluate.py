@@ -1,0 +1,95 @@
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from formats.errors import UsageError
+from runtime.evaluate import evaluate, weight_bytes, windows_of
+from runtime.texts import join_rows
+
+VOCABULARY, WINDOWS, LENGTH = 11, 5, 8
+
+
+class Bigram(nn.Module):
+    """The next token depends on the last one only."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        table = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed))
+        self.table = nn.Parameter(table, requires_grad=False)
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+@pytest.fixture
+def windows() -> Tensor:
+    return torch.randint(VOCABULARY, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(7))
+
+
+def test_windows_do_not_overlap_and_the_tail_is_dropped() -> None:
+    assert windows_of(torch.arange(10), 3).tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert windows_of(torch.arange(10), 3, max_windows=2).shape == (2, 3)
+
+
+def test_a_text_shorter_than_a_window_is_refused() -> None:
+    with pytest.raises(UsageError, match="10 tokens, too few for a window of 11"):
+        windows_of(torch.arange(10), 11)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_perplexity_is_that_of_the_predicted_tokens(windows: Tensor, batch_size: int) -> None:
+    model = Bigram(1)
+    log_p = model.table.double().log_softmax(-1)
+    nll = [-log_p[a, b].item() for row in windows.tolist() for a, b in pairwise(row)]
+    found = evaluate(model, windows, batch_size=batch_size).model
+    assert found.perplexity == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+    assert found.tokens == WINDOWS * (LENGTH - 1)
+    assert found.tokens_per_second > 0
+    assert found.peak_memory_bytes is None
+
+
+def test_divergence_is_that_of_the_reference_from_the_model(windows: Tensor) -> None:
+    model, reference = Bigram(1), Bigram(2)
+    result = evaluate(model, windows, reference=reference, batch_size=2)
+    log_q, log_p = (m.table.double().log_softmax(-1) for m in (model, reference))
+    tokens = windows[:, :-1].flatten()
+    kld = (log_p.exp() * (log_p - log_q)).sum(-1)[tokens].sort().values
+    assert result.kld is not None
+    assert result.kld.mean == pytest.approx(kld.mean().item(), rel=1e-5)
+    assert result.kld.median == pytest.approx(kld[(len(kld) - 1) // 2].item(), rel=1e-5)
+    assert result.kld.p999 == pytest.approx(kld[-1].item(), rel=1e-5)
+    assert result.same_top1 == (log_p.argmax(-1) == log_q.argmax(-1))[tokens].double().mean().item()
+    assert result.reference is not None
+    assert result.reference.perplexity == pytest.approx(evaluate(reference, windows).model.perplexity)
+
+
+def test_a_model_does_not_diverge_from_itself(windows: Tensor) -> None:
+    result = evaluate(Bigram(1), windows, reference=Bigram(1))
+    assert result.kld is not None
+    assert result.kld.p999 == pytest.approx(0, abs=1e-6)
+    assert result.same_top1 == 1
+
+
+def test_a_shared_weight_counts_once() -> None:
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+    assert weight_bytes(model) == 128
+    model[1].weight = model[0].weight
+    assert weight_bytes(model) == 64
+
+
+@pytest.mark.gpu
+def test_peak_memory_is_the_weights_and_what_a_forward_pass_takes(windows: Tensor) -> None:
+    result = evaluate(Bigram(1).cuda(), windows, reference=Bigram(2).cuda())
+    for measured in (result.model, result.reference):
+        assert measured is not None
+        assert measured.peak_memory_bytes is not None
+        logits = LENGTH * VOCABULARY * 4
+        assert logits <= measured.peak_memory_bytes - measured.weight_bytes < 100 * logits
+
+
+def test_wikitext_rows_are_lines_with_blank_ones_empty() -> None:
+    assert join_rows(" \n = Title = \n \n Text .\n") == "\n\n = Title = \n\n\n\n\n Text .\n"

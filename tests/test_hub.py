@@ -1,0 +1,329 @@
+"""Checkpoints from the Hub: the real huggingface_hub client against a Hub on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import close_session, constants
+from local_hub import DROP, LocalHub, Request
+from safetensors.torch import save_file
+
+from converter.cli import command
+from converter.source import open_source
+from formats.errors import CheckpointError, HubError, Int4Error, TemporaryError, UsageError
+from formats.hub import download
+from formats.manifest import MANIFEST_NAME, read_manifest
+from runtime.load import resolve
+
+REPO = "owner/name"
+TOKEN = "hf_aSecretThatNobodyMaySee"
+NO_COMMIT = "0" * 40
+RESOLVE = "*/resolve/*"
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def local_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Point huggingface_hub, which reads its environment once at import, at a URL; its cache is empty."""
+    settings = {
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    for name, value in {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def point_at(url: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+
+    close_session()
+    yield point_at
+    close_session()
+
+
+@pytest.fixture
+def hub(local_client: Callable[[str], None]) -> Iterator[LocalHub]:
+    with LocalHub(REPO) as hub:
+        local_client(hub.url)
+        yield hub
+
+
+def make_checkpoint(folder: Path, seed: int = 0) -> dict[str, bytes]:
+    """Write a checkpoint of two shards and return its files by name."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(16, 64, generator=generator).bfloat16() for name in ("a.weight", "b.weight")}
+    for shard, (name, tensor) in zip(SHARDS, tensors.items(), strict=True):
+        save_file({name: tensor}, folder / shard)
+    index = {"metadata": {"total_size": 4096}, "weight_map": dict(zip(tensors, SHARDS, strict=True))}
+    (folder / INDEX).write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def convert(*args: str) -> None:
+    command.main([*args, "--device", "cpu", "--quiet"], standalone_mode=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def error_of(model: str = REPO, revision: str | None = None) -> Int4Error:
+    with pytest.raises(Int4Error) as caught:
+        open_source(model, revision)
+    return caught.value
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_a_hub_id_converts_to_the_same_bytes_as_its_folder(hub: LocalHub, tmp_path: Path) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    convert(REPO, str(tmp_path / "from_hub"))
+    convert(str(tmp_path / "source"), str(tmp_path / "from_folder"))
+    from_hub, from_folder = contents(tmp_path / "from_hub"), contents(tmp_path / "from_folder")
+    del from_hub[MANIFEST_NAME], from_folder[MANIFEST_NAME]
+    assert from_hub == from_folder
+
+
+def test_manifests_of_a_hub_id_and_its_folder_differ_only_in_the_name_of_the_source(
+    hub: LocalHub, tmp_path: Path
+) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    convert(REPO, str(tmp_path / "from_hub"))
+    convert(str(tmp_path / "source"), str(tmp_path / "from_folder"))
+    from_hub, from_folder = read_manifest(tmp_path / "from_hub"), read_manifest(tmp_path / "from_folder")
+    renamed = replace(from_hub, source=replace(from_hub.source, id="source", revision=None))
+    assert renamed.sealed() == from_folder
+
+
+def test_the_manifest_records_the_commit_and_not_the_branch(hub: LocalHub, tmp_path: Path) -> None:
+    commit = hub.push(make_checkpoint(tmp_path / "source"), branch="trial")
+    convert(REPO, str(tmp_path / "out"), "--revision", "trial")
+    source = read_manifest(tmp_path / "out").source
+    assert (source.id, source.revision) == (REPO, commit)
+
+
+def test_without_a_revision_the_main_branch_is_taken(hub: LocalHub, tmp_path: Path) -> None:
+    commit = hub.push(make_checkpoint(tmp_path / "source"))
+    hub.push(make_checkpoint(tmp_path / "other", seed=1), branch="trial")
+    assert open_source(REPO).revision == commit
+
+
+def test_a_commit_is_a_revision(hub: LocalHub, tmp_path: Path) -> None:
+    commit = hub.push(make_checkpoint(tmp_path / "older"))
+    hub.push(make_checkpoint(tmp_path / "newer", seed=1))
+    assert open_source(REPO, commit).revision == commit
+
+
+def test_a_branch_that_moves_meanwhile_gives_files_of_one_commit(hub: LocalHub, tmp_path: Path) -> None:
+    older, newer = make_checkpoint(tmp_path / "older"), make_checkpoint(tmp_path / "newer", seed=1)
+    commit = hub.push(older, branch="trial")
+
+    def move_the_branch(request: Request) -> None:
+        if request.path.endswith(INDEX):
+            hub.push(newer, branch="trial")
+
+    hub.on_request = move_the_branch
+    open_source(REPO, "trial")
+    assert hub.files_asked_for() == {(commit, name) for name in older}
+
+
+def test_other_forms_of_the_weights_are_never_asked_for(hub: LocalHub, tmp_path: Path) -> None:
+    files = make_checkpoint(tmp_path / "source")
+    others = ("pytorch_model.bin", "original/consolidated.00.pth", "training_args.bin", "spare.safetensors", "m.gguf")
+    hub.push({**files, **dict.fromkeys(others, b"\x80")})
+    open_source(REPO)
+    assert {name for _, name in hub.files_asked_for()} == set(files)
+
+
+def test_an_index_that_names_a_pickle_is_refused_before_it_is_asked_for(hub: LocalHub) -> None:
+    index = json.dumps({"weight_map": {"a.weight": "pytorch_model.bin"}}).encode()
+    hub.push({INDEX: index, "pytorch_model.bin": b"\x80"})
+    with pytest.raises(CheckpointError, match=r"names 'pytorch_model\.bin'"):
+        open_source(REPO)
+    assert {name for _, name in hub.files_asked_for()} == {INDEX}
+
+
+def test_a_repository_that_is_cached_whole_converts_without_the_hub(hub: LocalHub, tmp_path: Path) -> None:
+    commit = hub.push(make_checkpoint(tmp_path / "source"))
+    open_source(REPO)
+    hub.fail(500)
+    assert open_source(REPO).revision == commit
+
+
+def test_files_in_the_blob_store_that_repositories_share_are_read(hub: LocalHub, tmp_path: Path) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    blob = (open_source(REPO).folder / SHARDS[0]).resolve()
+    store = tmp_path / "cache" / "blobs" / "ab"
+    store.mkdir(parents=True)
+    blob.rename(store / blob.name)
+    blob.symlink_to(os.path.relpath(store / blob.name, blob.parent))
+    assert list(open_source(REPO).shards) == list(SHARDS)
+
+
+def test_the_runtime_resolves_a_hub_id_to_the_files_of_its_commit(hub: LocalHub, tmp_path: Path) -> None:
+    files = make_checkpoint(tmp_path / "source")
+    commit = hub.push(files, branch="trial")
+    folder = resolve(REPO, "trial")
+    assert (folder.name, contents(folder)) == (commit, files)
+
+
+def test_an_unknown_repository_is_a_hub_error(hub: LocalHub) -> None:
+    error = error_of("owner/missing")
+    assert (type(error), error.exit_code) == (HubError, 4)
+    assert "owner/missing: no such repository" in str(error)
+
+
+@pytest.mark.parametrize("revision", ["trial", NO_COMMIT])
+def test_an_unknown_revision_is_a_hub_error(hub: LocalHub, tmp_path: Path, revision: str) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    error = error_of(revision=revision)
+    assert type(error) is HubError
+    assert f"at {revision!r}: no such revision" in str(error)
+
+
+@pytest.mark.parametrize("path", ["*", RESOLVE])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_repository_is_a_hub_error_that_says_where_its_terms_are(
+    hub: LocalHub, tmp_path: Path, status: int, path: str
+) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    hub.fail(status, "GatedRepo", path=path)
+    error = error_of()
+    assert type(error) is HubError
+    assert f"https://huggingface.co/{REPO} " in str(error)
+
+
+@pytest.mark.parametrize("path", ["*", RESOLVE])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(None, None), ("RepoNotFound", None), (None, "Invalid credentials in Authorization header")],
+    ids=["bare", "unknown or private", "bad token"],
+)
+def test_a_401_is_a_hub_error(hub: LocalHub, tmp_path: Path, code: str | None, message: str | None, path: str) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    hub.fail(401, code, path=path, message=message)
+    assert type(error_of()) is HubError
+
+
+@pytest.mark.parametrize("path", ["*", RESOLVE])
+def test_a_403_is_a_hub_error(hub: LocalHub, tmp_path: Path, path: str) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    hub.fail(403, path=path)
+    assert type(error_of()) is HubError
+
+
+@pytest.mark.parametrize("path", ["*", RESOLVE])
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_busy_or_broken_hub_is_a_temporary_error(hub: LocalHub, tmp_path: Path, status: int, path: str) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    hub.fail(status, path=path)
+    error = error_of()
+    assert (type(error), error.exit_code) == (TemporaryError, 75)
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_the_error_of_a_busy_or_broken_hub_names_its_status(hub: LocalHub, tmp_path: Path, status: int) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    hub.fail(status)
+    assert f"status {status}" in str(error_of())
+
+
+@pytest.mark.parametrize("path", ["*", RESOLVE])
+def test_a_dropped_connection_is_a_temporary_error(hub: LocalHub, tmp_path: Path, path: str) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    hub.fail(DROP, path=path)
+    assert type(error_of()) is TemporaryError
+
+
+def test_an_answer_that_is_no_hubs_is_a_hub_error(hub: LocalHub) -> None:
+    hub.fail(200)
+    assert type(error_of()) is HubError
+
+
+def test_a_refused_connection_is_a_temporary_error(local_client: Callable[[str], None]) -> None:
+    local_client(f"http://127.0.0.1:{free_port()}")
+    assert type(error_of()) is TemporaryError
+
+
+def test_a_repository_that_is_not_cached_is_a_temporary_error_offline(
+    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert type(error_of()) is TemporaryError
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("model", ["a/b/c", "./name", "owner/na me", "hf://owner/name", "owner/name.git"])
+def test_a_malformed_id_is_a_usage_error(hub: LocalHub, model: str) -> None:
+    assert type(error_of(model)) is UsageError
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("code", [None, "GatedRepo", "RepoNotFound", "RevisionNotFound", "EntryNotFound"])
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
+def test_the_token_is_sent_but_appears_in_no_error(
+    hub: LocalHub, caplog: pytest.LogCaptureFixture, status: int, code: str | None
+) -> None:
+    hub.fail(status, code, message=f"Bearer {TOKEN}")
+    error = error_of()
+    assert {request.authorization for request in hub.requests} == {f"Bearer {TOKEN}"}
+    assert TOKEN not in str(error) + caplog.text
+
+
+def test_a_quiet_conversion_from_the_hub_prints_nothing(
+    hub: LocalHub, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    convert(REPO, str(tmp_path / "out"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_allowed_files_of_a_repository_are_downloaded(hub: LocalHub, tmp_path: Path) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    assert contents(download(REPO, allow=["*.json"], ignore=["config.json"])).keys() == {INDEX, "tokenizer.json"}
+
+
+def test_the_command_ends_with_one_line_and_exit_code_4_for_an_unknown_repository(tmp_path: Path) -> None:
+    with LocalHub(REPO) as hub:
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": "",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
+        done = subprocess.run(
+            [sys.executable, "-m", "converter", "owner/missing", str(tmp_path / "out"), "--device", "cpu"],
+            env=inherited | settings, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == HubError.exit_code == 4
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: owner/missing: ")

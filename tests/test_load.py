@@ -1,0 +1,228 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import EXAMPLE, convert_folder, tiny_tensors, write_checkpoint
+from torch import Tensor, nn
+
+import runtime
+from formats import codec
+from formats.errors import CheckpointError
+from formats.layout import Scheme
+from formats.manifest import MANIFEST_NAME
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(24, 16)
+        self.down_proj = nn.Linear(20, 9, bias=False)
+
+
+class Model(nn.Module):
+    """Fits `tiny_tensors`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(32, 24)
+        self.model.layers = nn.ModuleList([Attention()])
+        self.model.norm = nn.LayerNorm(24, bias=False)
+        self.lm_head = nn.Linear(24, 32, bias=False)
+        self.register_buffer("table", torch.arange(4.0), persistent=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    convert_folder(write_checkpoint(tmp_path / "source"), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def build(change: Callable[[Model], object] = lambda model: None) -> Model:
+    model = Model()
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_load_into_gives_every_tensor_of_the_checkpoint(folder: Path, meta: bool) -> None:
+    model = Model()
+    if meta:
+        for child in model.modules():
+            for name, parameter in child._parameters.items():
+                if parameter is not None:
+                    child._parameters[name] = nn.Parameter(parameter.to("meta"))
+    assert runtime.load_into(model, folder, device="cpu", dtype=torch.float32) is model
+    tensors = tiny_tensors()
+    for name in ("model.embed_tokens.weight", "model.layers.0.q_proj.bias", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(model.get_parameter(name), tensors[name].float())
+    for name in ("q_proj", "down_proj"):
+        layer = model.get_submodule(f"model.layers.0.{name}")
+        expected = codec.quantize(tensors[f"model.layers.0.{name}.weight"], Scheme(8), torch.bfloat16)
+        assert isinstance(layer, runtime.Int4Linear)
+        assert torch.equal(layer.weight_packed, expected.packed)
+        assert torch.equal(layer.weight_scale, expected.scale)
+    assert model.table.tolist() == [0, 1, 2, 3]
+
+
+def test_nothing_that_was_loaded_is_trainable(folder: Path) -> None:
+    assert not any(p.requires_grad for p in runtime.load_into(Model(), folder, device="cpu").parameters())
+
+
+def test_a_loaded_module_can_be_loaded_again(folder: Path) -> None:
+    model = runtime.load_into(Model(), folder, device="cpu")
+    runtime.load_into(model, folder, device="cpu")
+    assert isinstance(model.get_submodule("model.layers.0.q_proj"), runtime.Int4Linear)
+
+
+def lose_norm(model: Model) -> None:
+    model.model.norm = nn.Identity()
+
+
+def add_parameter(model: Model) -> None:
+    model.extra = nn.Parameter(torch.zeros(1))
+
+
+def widen_norm(model: Model) -> None:
+    model.model.norm = nn.LayerNorm(25, bias=False)
+
+
+def widen_q(model: Model) -> None:
+    model.model.layers[0].q_proj = nn.Linear(24, 17)
+
+
+def lose_q(model: Model) -> None:
+    del model.model.layers[0].q_proj
+
+
+def no_linear(model: Model) -> None:
+    model.model.layers[0].q_proj = nn.Embedding(16, 24)
+
+
+def meta_table(model: Model) -> None:
+    model.table = model.table.to("meta")
+
+
+MISFITS: dict[str, tuple[Callable[[Model], object], str]] = {
+    "the checkpoint holds more": (lose_norm, "0 tensors missing .*1 unexpected .model.norm.weight"),
+    "the module needs more": (add_parameter, "1 tensors missing .extra"),
+    "another shape": (widen_norm, r"'model.norm.weight' is \[24\], the model expects \[25\]"),
+    "another shape of a linear": (widen_q, r"int4 matrix \[16, 24\], the model has a Linear \[17, 24\]"),
+    "no such linear": (lose_q, "'model.layers.0.q_proj', which Model lacks"),
+    "not a linear": (no_linear, r"the model has a Embedding \[16, 24\]"),
+    "a table on meta": (meta_table, "leaves table on the meta device"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_module_that_does_not_fit_exactly_is_refused(folder: Path, kind: str) -> None:
+    change, message = MISFITS[kind]
+    with pytest.raises(CheckpointError, match=message):
+        runtime.load_into(build(change), folder, device="cpu")
+
+
+def tie(model: Model) -> None:
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def test_tied_weights_stay_tied_when_the_checkpoint_holds_one(tmp_path: Path) -> None:
+    tensors = {name: tensor for name, tensor in tiny_tensors().items() if name != "lm_head.weight"}
+    convert_folder(write_checkpoint(tmp_path / "source", tensors), tmp_path / "out")
+    model = runtime.load_into(build(tie), tmp_path / "out", device="cpu")
+    assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(model.get_parameter("lm_head.weight"), tensors["model.embed_tokens.weight"].float())
+
+
+def test_tied_weights_part_when_the_checkpoint_holds_both(folder: Path) -> None:
+    model = runtime.load_into(build(tie), folder, device="cpu", dtype=torch.bfloat16)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(model.get_parameter(name), tiny_tensors()[name])
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_shard_is_refused_unless_verify_is_off(folder: Path) -> None:
+    flip(sorted(folder.glob("*.i4.safetensors"))[0], -1)
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        runtime.load_into(Model(), folder, device="cpu")
+    runtime.load_into(Model(), folder, device="cpu", verify=False)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("example") / "out"
+    convert_folder(EXAMPLE, out, Scheme(256))
+    return out
+
+
+def logits_of(model: nn.Module, device: str = "cpu") -> Tensor:
+    tokens = torch.arange(40, device=device)[None]
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=tokens).logits
+    return logits.float().cpu()
+
+
+def test_load_gives_the_logits_of_the_dequantised_weights(example: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = runtime.load(example, device="cpu", dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32)
+    for name, layer in model.named_modules():
+        if isinstance(layer, runtime.Int4Linear):
+            reference.get_submodule(name).weight.data = layer.dequantize()
+    assert sum(isinstance(layer, runtime.Int4Linear) for layer in model.modules()) == 21
+    assert torch.allclose(logits_of(model), logits_of(reference), atol=1e-4)
+
+
+def test_load_leaves_nothing_on_meta_and_keeps_the_checkpoints_type(example: Path) -> None:
+    pytest.importorskip("transformers")
+    model = runtime.load(example, device="cpu")
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not model.training
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gpu_gives_the_logits_of_the_cpu(example: Path, dtype: torch.dtype) -> None:
+    expected = logits_of(runtime.load(example, device="cpu", dtype=torch.float32))
+    found = logits_of(runtime.load(example, dtype=dtype), "cuda")
+    assert ((found - expected).norm() / expected.norm()).item() < 0.03
+
+
+def test_an_unknown_architecture_is_refused_by_name(example: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in EXAMPLE.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
+    convert_folder(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="architecture 'NoSuchModel'"):
+        runtime.load(tmp_path / "out", device="cpu")
+
+
+def test_a_checkpoint_that_did_not_finish_is_refused(folder: Path) -> None:
+    (folder / MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointError, match="did not finish"):
+        runtime.load(folder)
+
+
+def test_without_transformers_load_names_the_extra(folder: Path) -> None:
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import runtime\n"
+        "from formats.errors import UsageError\n"
+        f"try:\n    runtime.load({str(folder)!r})\n"
+        "except UsageError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "int4-convert[hf]" in done.stdout

@@ -1,0 +1,152 @@
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random, write_checkpoint
+
+from converter.convert import make_recipe
+from converter.plan import Plan, make_plan
+from converter.source import open_source
+from formats.errors import CheckpointError, UsageError
+from formats.layout import Scheme, TensorSpec
+from formats.selection import kept_by_default, never_quantized
+
+
+def plan_of(folder: Path, *, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> Plan:
+    return make_plan(open_source(str(folder)), make_recipe(Scheme(8), "absmax", include, exclude))
+
+
+def quantized(plan: Plan) -> set[str]:
+    return {tensor.name for tensor in plan.tensors if tensor.quantized}
+
+
+LINEARS = {"model.layers.0.q_proj.weight", "model.layers.0.down_proj.weight"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("lm_head.weight", "output head"),
+        ("model.language_model.lm_head.weight", "output head"),
+        ("output.weight", "output head"),
+        ("model.layers.3.mlp.gate.weight", "router"),
+        ("model.layers.3.block_sparse_moe.gate.weight", "router"),
+        ("model.layers.3.mlp.shared_expert_gate.weight", "router"),
+        ("model.layers.3.mlp.router.weight", "router"),
+        ("model.layers.3.block_sparse_moe.router.layer.weight", "router"),
+        ("model.layers.3.input_layernorm.weight", "norm"),
+        ("h.0.ln_1.weight", "norm"),
+        ("model.vision_tower.layers.0.q_proj.weight", "vision or audio part"),
+        ("visual.blocks.0.attn.qkv.weight", "vision or audio part"),
+        ("model.layers.3.mlp.gate_proj.weight", None),
+        ("model.layers.3.self_attn.o_proj.weight", None),
+        ("model.layers.3.attention.output.dense.weight", None),
+        ("model.layers.3.mlp.experts.7.w1.weight", None),
+        ("transformer.h.3.mlp.dense_4h_to_h.weight", None),
+    ],
+)
+def test_names_that_are_kept_by_default(name: str, reason: str | None) -> None:
+    assert kept_by_default(name) == reason
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "reason"),
+    [
+        ("model.embed_tokens.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("gpt_neox.embed_in.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("transformer.wte.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("backbone.embeddings.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("a.q_proj.bias", TensorSpec("BF16", (8,)), "bias"),
+        ("a.norm.weight", TensorSpec("BF16", (8,)), "1-D"),
+        ("a.conv1d.weight", TensorSpec("BF16", (8, 1, 4)), "3-D"),
+        ("a.A_log", TensorSpec("BF16", (8, 8)), "not named .weight"),
+        ("a.ids.weight", TensorSpec("I64", (8, 8)), "type I64"),
+        ("a.q_proj.weight", TensorSpec("BF16", (0, 8)), "empty"),
+        ("a.q_proj.weight", TensorSpec("F32", (8, 8)), None),
+        ("a.patch_embed.proj.weight", TensorSpec("BF16", (8, 8)), None),
+    ],
+)
+def test_tensors_that_no_option_quantises(name: str, spec: TensorSpec, reason: str | None) -> None:
+    assert never_quantized(name, spec) == reason
+
+
+def test_gpt2_matrices_are_kept_because_they_are_transposed() -> None:
+    spec = TensorSpec("BF16", (8, 8))
+    assert never_quantized("h.0.attn.c_attn.weight", spec, "gpt2") == "Conv1D, stored [in, out]"
+    assert never_quantized("h.0.attn.c_attn.weight", spec, "gpt_bigcode") is None
+
+
+def test_linear_layers_are_quantised_and_every_other_tensor_has_a_reason(folder: Path) -> None:
+    plan = plan_of(folder)
+    assert quantized(plan) == LINEARS
+    assert {tensor.name: tensor.reason for tensor in plan.tensors if not tensor.quantized} == {
+        "model.embed_tokens.weight": "embedding",
+        "model.layers.0.q_proj.bias": "bias",
+        "model.norm.weight": "1-D",
+        "lm_head.weight": "output head",
+    }
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "lm_head.weight", "lm_*", "re:^lm_head"])
+def test_include_quantises_what_is_kept_by_default(folder: Path, pattern: str) -> None:
+    assert quantized(plan_of(folder, include=(pattern,))) == LINEARS | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("pattern", ["*.down_proj", "model.layers.0.down_proj.weight", "re:down"])
+def test_exclude_keeps_and_says_by_which_pattern(folder: Path, pattern: str) -> None:
+    plan = plan_of(folder, exclude=(pattern,))
+    assert quantized(plan) == {"model.layers.0.q_proj.weight"}
+    assert f"excluded by {pattern}" in {tensor.reason for tensor in plan.tensors}
+
+
+def test_exclude_wins_over_include(folder: Path) -> None:
+    assert quantized(plan_of(folder, include=("*",), exclude=("lm_*",))) == LINEARS
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error(folder: Path, option: str) -> None:
+    with pytest.raises(UsageError, match="'nothing.\\*': matches no tensor"):
+        plan_of(folder, **{option: ("nothing.*",)})
+
+
+def test_an_include_that_can_change_nothing_is_an_error(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"kept nevertheless \(embedding\)"):
+        plan_of(folder, include=("*embed_tokens",))
+
+
+def test_a_broken_regular_expression_is_an_error(folder: Path) -> None:
+    with pytest.raises(UsageError, match="no regular expression"):
+        plan_of(folder, exclude=("re:(",))
+
+
+def test_names_that_would_collide_are_refused(tmp_path: Path) -> None:
+    tensors = {"a.weight": random(8, 8), "a.weight_packed": torch.zeros(2)}
+    folder = write_checkpoint(
+        tmp_path / "source", {"a.weight": random(8, 8), "a.weight_scales": torch.zeros(2)}, shards=1
+    )
+    assert quantized(plan_of(folder)) == {"a.weight"}
+    with pytest.raises(CheckpointError, match=r"a\.weight_packed"):
+        plan_of(write_checkpoint(tmp_path / "bad", tensors, shards=1))
+
+
+def test_a_source_with_a_manifest_of_its_own_is_refused(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="names that the output needs"):
+        plan_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("shards", "names"),
+    [
+        (1, ["model.i4.safetensors"]),
+        (2, ["model-00001-of-00002.i4.safetensors", "model-00002-of-00002.i4.safetensors"]),
+    ],
+)
+def test_output_shards_follow_the_source(tmp_path: Path, shards: int, names: list[str]) -> None:
+    folder = write_checkpoint(tmp_path / "source", shards=shards)
+    assert [shard.output for shard in plan_of(folder).shards] == names

@@ -1,0 +1,166 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random, tiny_tensors, write_checkpoint, write_index
+from safetensors.torch import save_file
+
+from converter.source import open_source
+from formats.errors import CheckpointError, UsageError
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source")
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    return dict(json.loads((folder / INDEX).read_text())["weight_map"])
+
+
+def add_to_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def double_a_tensor(folder: Path) -> None:
+    save_file(
+        {**{n: t for i, (n, t) in enumerate(tiny_tensors().items()) if i % 2}, "model.norm.weight": random(24)},
+        folder / TWO,
+    )
+
+
+def only_pickles(folder: Path) -> None:
+    for name in (ONE, TWO, INDEX):
+        (folder / name).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
+
+
+def cut_in_half(folder: Path) -> None:
+    os.truncate(folder / ONE, (folder / ONE).stat().st_size // 2)
+
+
+def pad(folder: Path) -> None:
+    with (folder / ONE).open("ab") as file:
+        file.write(b"\0")
+
+
+def fifo(folder: Path) -> None:
+    (folder / ONE).unlink()
+    os.mkfifo(folder / ONE)
+
+
+def link_out(folder: Path) -> None:
+    (folder / ONE).rename(folder.parent / "elsewhere")
+    (folder / ONE).symlink_to(folder.parent / "elsewhere")
+
+
+BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "shard cut short": (cut_in_half, "model-00001.*header describes"),
+    "shard padded": (pad, "model-00001.*header describes"),
+    "shard is a fifo": (fifo, "not a regular file"),
+    "shard is a link out of the folder": (link_out, "outside"),
+    "shard missing": (lambda f: (f / TWO).unlink(), f"names {TWO} which are not in the folder"),
+    "only pickled weights": (only_pickles, r"found pytorch_model.bin\. Only safetensors"),
+    "index lists a tensor that no shard holds": (
+        lambda f: write_index(f, {**weight_map(f), "ghost.weight": ONE}), "no shard holds: ghost.weight"),
+    "index lacks a tensor": (
+        lambda f: write_index(f, {n: s for n, s in weight_map(f).items() if n != "model.norm.weight"}),
+        "does not list.*model.norm.weight"),
+    "index names another shard for a tensor": (
+        lambda f: write_index(f, {**weight_map(f), "model.norm.weight": TWO}), "lists elsewhere.*model.norm.weight"),
+    "tensor in two shards": (double_a_tensor, "'model.norm.weight' is in model-00001.* and in model-00002"),
+    "index leaves the folder": (
+        lambda f: write_index(f, {"a": "../other/model.safetensors"}), "could leave its folder"),
+    "index names a pickle": (lambda f: write_index(f, {"a": "pytorch_model.bin"}), "expected only .safetensors"),
+    "index without weight_map": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
+    "index is no json": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
+    "index with duplicate keys": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'), "duplicate key 'a'"),
+    "config says quantised": (
+        lambda f: add_to_config(f, quantization_config={"quant_method": "gptq"}), r"already quantised \(gptq\)"),
+    "config is no json": (lambda f: (f / "config.json").write_text("nope"), "config.json: not valid JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_SOURCES)
+def test_a_bad_source_is_refused_with_its_reason(kind: str, folder: Path) -> None:
+    spoil, message = BAD_SOURCES[kind]
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_source(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("a.qweight", torch.zeros(2, 2, dtype=torch.int32)),
+        ("a.weight_packed", torch.zeros(2, 2, dtype=torch.int32)),
+        ("a.weight_scale_inv", torch.zeros(2, 2)),
+        ("a.weight", torch.zeros(2, 2).to(torch.float8_e4m3fn)),
+    ],
+)
+def test_tensors_of_quantised_models_are_refused(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="already quantised"):
+        open_source(str(write_checkpoint(tmp_path / "source", {name: tensor}, shards=1)))
+
+
+def test_all_missing_shards_are_named_at_once(folder: Path) -> None:
+    (folder / ONE).unlink()
+    (folder / TWO).unlink()
+    with pytest.raises(CheckpointError, match=f"{ONE}, {TWO}"):
+        open_source(str(folder))
+
+
+def test_files_beside_the_index_are_not_weights(folder: Path) -> None:
+    save_file({"stale": random(2)}, folder / "consolidated.safetensors")
+    source = open_source(str(folder))
+    assert set(source.shards) == {ONE, TWO}
+    assert "consolidated.safetensors" not in source.side_files
+
+
+def test_side_files_are_all_that_is_not_weights(folder: Path) -> None:
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("")
+    for name in ("model.gguf", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (folder / name).write_text("")
+    assert open_source(str(folder)).side_files == ("LICENSE", "config.json", "tokenizer.json", "1_Pooling/config.json")
+
+
+def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in folder.iterdir():
+        path.rename(repository / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert set(open_source(str(snapshot)).shards) == {ONE, TWO}
+
+
+def test_a_configuration_may_hold_infinity(folder: Path) -> None:
+    (folder / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    assert open_source(str(folder)).config == {"time_step_limit": [0.0, float("inf")]}
+
+
+def test_a_folder_has_no_revision(folder: Path) -> None:
+    with pytest.raises(UsageError, match="leave --revision out"):
+        open_source(str(folder), "main")
+
+
+def test_no_pickle_and_no_code_of_the_checkpoint_runs(folder: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "sprung"
+    (folder / "modeling.py").write_text(f"open({str(trap)!r}, 'w')")
+    add_to_config(folder, auto_map={"AutoModel": "modeling.Model"})
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(trap).encode() + b"'\ntR.")
+    open_source(str(folder))
+    assert not trap.exists()
