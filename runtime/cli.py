@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def command(
 def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     import transformers
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     folder = Path(reference) if Path(reference).is_dir() else download(reference, ignore=["*.bin", "*.pt", "*.pth"])
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
