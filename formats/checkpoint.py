@@ -16,18 +16,19 @@ from formats.tensors import tensor_from
 class Checkpoint:
     """A finished int4 checkpoint folder.
 
-    Raises `CheckpointError` when the manifest is missing or wrong, or a listed file is missing or of another size.
+    Raises `CheckpointError` when the manifest is missing or wrong, or a shard is missing or of another size. Side files
+    are left to `verify`: people edit them, and the weights are none the worse for it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.files: dict[str, FileRecord] = {file.name: file for file in self.manifest.files}
-        for file in self.manifest.files:
-            path = folder / file.name
+        for shard in self.manifest.shards:
+            path, size = folder / shard, self.files[shard].size
             found = f"is {path.stat().st_size} bytes" if path.is_file() else "is missing"
-            if found != f"is {file.size} bytes":
-                raise CheckpointError(f"{path}: {found}, the manifest says {file.size} bytes; fetch the file again")
+            if found != f"is {size} bytes":
+                raise CheckpointError(f"{path}: {found}, the manifest says {size} bytes; fetch the file again")
 
     def stream(self, verify: bool = True) -> Iterator[tuple[str, TensorSpec, bytearray]]:
         """Yield every stored tensor, shard by shard; with `verify` a shard's SHA-256 is checked at its end.

@@ -1,6 +1,7 @@
 """Texts to evaluate on."""
 
 import hashlib
+import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ def wikitext2() -> str:
 
 def join_rows(raw: str) -> str:
     """The raw file as the dataset's rows (its lines, blank ones empty) joined by blank lines."""
-    return "\n\n".join(line if line.strip() else "" for line in raw.splitlines(keepends=True))
+    lines = io.StringIO(raw, newline="\n")  # str.splitlines would split at more than line feeds
+    return "\n\n".join(line if line.strip() else "" for line in lines)
 
 
 DATASETS: dict[str, Callable[[], str]] = {"wikitext2": wikitext2}

@@ -52,11 +52,18 @@ def test_a_file_of_another_size_is_refused_at_once(folder: Path, change: int) ->
         Checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "model-00002-of-00002.i4.safetensors"])
-def test_a_missing_file_is_refused_at_once(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    with pytest.raises(CheckpointError, match=f"{name}: is missing"):
+def test_a_missing_shard_is_refused_at_once(folder: Path) -> None:
+    shard_of(folder).unlink()
+    with pytest.raises(CheckpointError, match="model-00001-of-00002.i4.safetensors: is missing"):
         Checkpoint(folder)
+
+
+def test_an_edited_or_missing_side_file_concerns_verification_alone(folder: Path) -> None:
+    (folder / "LICENSE").unlink()
+    (folder / "tokenizer.json").write_text("edited")
+    assert list(Checkpoint(folder).stream())
+    with pytest.raises(CheckpointError, match=r"LICENSE: cannot be opened|tokenizer.json: SHA-256"):
+        Checkpoint(folder).verify()
 
 
 def reseal(folder: Path, manifest: dict[str, object]) -> None:

@@ -12,9 +12,8 @@ TESTS = Path(__file__).parent
 
 def test_every_kernel_compiles_for_every_kind_of_gpu(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, TESTS / "compile_kernels.py"], env=environment, capture_output=True, text=True, cwd=TESTS.parent
-    )
+    command = [sys.executable, TESTS / "compile_kernels.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr[-2000:]
     assert {chip for chip, _, _ in rows} == {"sm_80", "sm_90", "gfx942"}

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from formats.errors import UsageError
 from runtime.evaluate import evaluate, weight_bytes, windows_of
-from runtime.texts import join_rows
 
 VOCABULARY, WINDOWS, LENGTH = 11, 5, 8
 
@@ -89,7 +88,3 @@ def test_peak_memory_is_the_weights_and_what_a_forward_pass_takes(windows: Tenso
         assert measured.peak_memory_bytes is not None
         logits = LENGTH * VOCABULARY * 4
         assert logits <= measured.peak_memory_bytes - measured.weight_bytes < 100 * logits
-
-
-def test_wikitext_rows_are_lines_with_blank_ones_empty() -> None:
-    assert join_rows(" \n = Title = \n \n Text .\n") == "\n\n = Title = \n\n\n\n\n Text .\n"
