@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import click
-import torch
 from tqdm import tqdm
 
 from converter.convert import convert, make_recipe
@@ -14,8 +13,8 @@ from converter.plan import Plan, make_plan
 from converter.quantize import DEFAULT_METHOD, METHODS
 from converter.source import open_source
 from formats import __version__
-from formats.command import run
-from formats.errors import UsageError
+from formats.command import echo, run
+from formats.devices import parse_device
 from formats.layout import Scheme
 from formats.sizes import Sizes
 
@@ -55,7 +54,7 @@ def command(
     PATTERN is a glob on the name of a tensor or its module, or a regular expression after "re:".
     """
     recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude)
-    chosen = _device(device)
+    chosen = parse_device(device)
     source = open_source(model, revision, quiet=quiet)
     plan = make_plan(source, recipe)
     if dry_run:
@@ -67,18 +66,9 @@ def command(
         manifest = convert(source, plan, out_dir, chosen, overwrite=overwrite, progress=bar.update)
         seconds = time.monotonic() - started
     if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(manifest.sizes), "seconds": round(seconds, 3)}))
+        echo(json.dumps({**dataclasses.asdict(manifest.sizes), "seconds": round(seconds, 3)}))
     elif not quiet:
-        click.echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {chosen}")
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}; use cpu, or a GPU that is there") from None
-    return device
+        echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {chosen}")
 
 
 def _sentence(sizes: Sizes) -> str:
@@ -92,11 +82,11 @@ def _sentence(sizes: Sizes) -> str:
 def _print_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         rows = [dataclasses.asdict(tensor) for tensor in plan.tensors]
-        click.echo(json.dumps({**dataclasses.asdict(plan.sizes), "tensors": rows}))
+        echo(json.dumps({**dataclasses.asdict(plan.sizes), "tensors": rows}))
         return
     for tensor in plan.tensors:
-        click.echo(f"{'int4' if tensor.quantized else 'keep'}  {tensor.name}  {tensor.spec}  ({tensor.reason})")
-    click.echo(f"would write: {_sentence(plan.sizes)}")
+        echo(f"{'int4' if tensor.quantized else 'keep'}  {tensor.name}  {tensor.spec}  ({tensor.reason})")
+    echo(f"would write: {_sentence(plan.sizes)}")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,8 +14,22 @@ from typing import Any
 from converter.plan import Plan, ShardPlan
 from converter.source import CONFIG_NAME, Source
 from formats.container import Writer
-from formats.errors import OutputError
-from formats.files import PARTIAL_SUFFIX, lock, publish, publish_bytes, read_blocks, read_small, write_all
+from formats.errors import CheckpointError, OutputError
+from formats.files import (
+    PARTIAL_SUFFIX,
+    hash_file,
+    leaves,
+    link_roots,
+    lock,
+    make_folder,
+    publish,
+    publish_bytes,
+    read_blocks,
+    read_small,
+    real_path,
+    remove,
+    rename,
+)
 from formats.layout import BITS
 from formats.manifest import (
     FORMAT_VERSION,
@@ -26,17 +41,30 @@ from formats.manifest import (
     TensorRecord,
     read_manifest,
 )
+from formats.records import from_json, to_json
 from formats.strict_json import canonical, parse_object
 
 LOCK_NAME = ".int4-convert.lock"
-JOURNAL_NAME = ".int4-convert.json"  # which files of an unfinished folder are ours
-SPARE_BYTES = 64 << 20  # for side files, index and manifest
+JOURNAL_NAME = ".int4-convert.json"
+RECORDS = (LOCK_NAME, JOURNAL_NAME, MANIFEST_NAME)
+SPARE_BYTES = 64 << 20  # for index, journal and manifest
 PARTIAL = re.compile(r"\.[0-9a-f]{8}" + re.escape(PARTIAL_SUFFIX) + "$")
 QUANT_METHOD = "i4"
 
 
+@dataclass(frozen=True)
+class Journal:
+    """What an unfinished folder holds of ours; a manifest is a journal too, with more to say."""
+
+    files: tuple[FileRecord, ...]
+
+
 class OutputDir:
     """Writes one checkpoint into `folder`; use as a context, record every shard, then `finish`.
+
+    A folder of ours holds a record of its files, each with size and SHA-256: the journal, which names a file before the
+    file takes its name, or the manifest. One rename turns the journal into the manifest at the end, and a manifest into
+    the journal before anything is overwritten. A file that differs from the record is not ours, and is never touched.
 
     Raises `OutputError` for a folder that is the source, holds anything that is not ours, is finished already (unless
     `overwrite`), or lies on a full disk; `TemporaryError` when another run holds it.
@@ -54,14 +82,12 @@ class OutputDir:
 
     def __enter__(self) -> "OutputDir":
         self._refuse_source()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.folder}: cannot be made a folder ({error.strerror}); choose another") from None
+        make_folder(self.folder)
         with ExitStack() as stack:
             stack.enter_context(lock(self.folder / LOCK_NAME))
-            self._take_over()
-            self._refuse_full_disk()
+            ours = self._ours()
+            self._refuse_full_disk(ours)
+            self._clear(ours)
             self._stack = stack.pop_all()
         return self
 
@@ -74,11 +100,10 @@ class OutputDir:
     def writer(self, shard: ShardPlan) -> Iterator[Writer]:
         """Yield the writer of one shard; the shard takes its name when it is whole."""
         metadata = {"format": "pt", "i4.format_version": str(FORMAT_VERSION)}
-        with publish(self.folder / shard.output) as fd:
-            writer = Writer(fd, shard.stored, metadata)
+        with publish(self.folder / shard.output) as file:
+            writer = Writer(file, shard.stored, metadata)
             yield writer
-            size, sha256 = writer.finish()
-        self._files.append(FileRecord(shard.output, size, sha256))
+            self._claim(shard.output, *writer.finish())
 
     def record(self, source_file: FileRecord, tensors: Sequence[TensorRecord]) -> None:
         """Note what a written shard was made from and holds."""
@@ -102,8 +127,8 @@ class OutputDir:
             tuple(self._tensors),
             tuple(sorted(self._files, key=lambda file: file.name)),
         ).sealed()
-        publish_bytes(self.folder / MANIFEST_NAME, manifest.to_bytes())
-        (self.folder / JOURNAL_NAME).unlink()
+        publish_bytes(self.folder / JOURNAL_NAME, manifest.to_bytes())
+        rename(self.folder / JOURNAL_NAME, self.folder / MANIFEST_NAME)
         return manifest
 
     def _index(self) -> dict[str, Any]:
@@ -124,63 +149,99 @@ class OutputDir:
         return (json.dumps(config, indent=2) + "\n").encode()
 
     def _write(self, name: str, data: bytes) -> None:
-        publish_bytes(self.folder / name, data)
-        self._files.append(FileRecord(name, len(data), hashlib.sha256(data).hexdigest()))
+        with publish(self.folder / name) as file:
+            file.write(data)
+            self._claim(name, len(data), hashlib.sha256(data).hexdigest())
 
     def _copy(self, name: str) -> None:
         target = self.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         digest, size = hashlib.sha256(), 0
-        with publish(target) as fd:
+        with publish(target) as file:
             for block in read_blocks(self.source.folder / name, self.source.roots):
-                write_all(fd, block)
+                file.write(block)
                 digest.update(block)
                 size += len(block)
-        self._files.append(FileRecord(name, size, digest.hexdigest()))
+            self._claim(name, size, digest.hexdigest())
+
+    def _claim(self, name: str, size: int, sha256: str) -> None:
+        """Enter a file into the journal, before it takes its name."""
+        self._files.append(FileRecord(name, size, sha256))
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        publish_bytes(self.folder / JOURNAL_NAME, canonical(to_json(Journal(tuple(self._files)))))
 
     def _refuse_source(self) -> None:
-        folder, source = self.folder.resolve(), self.source.folder.resolve()
+        folder, source = real_path(self.folder), real_path(self.source.folder)
         if folder.is_relative_to(source) or source.is_relative_to(folder):
             raise OutputError(f"{self.folder}: is, holds or lies in the source folder {source}; choose another folder")
 
-    def _take_over(self) -> None:
-        """Make sure that every file in the folder is ours, and remove what this run will not replace."""
-        wanted, owned = self._names(), self._owned() | {LOCK_NAME, JOURNAL_NAME}
-        present = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir()}
-        partial = {name for name in present if PARTIAL.sub("", name) in owned} - owned
-        if foreign := sorted(present - owned - partial):
+    def _ours(self) -> list[Path]:
+        """Everything in the folder that this run may remove; raises `OutputError` if there is anything else."""
+        try:
+            recorded = self._recorded()
+            found = {path.relative_to(self.folder).as_posix(): path for path in leaves(self.folder)}
+            is_ours = {name: _is_ours(path, name, recorded) for name, path in found.items()}
+        except CheckpointError as error:
+            reason = str(error).partition(";")[0]  # without its advice
             raise OutputError(
-                f"{self.folder}: holds files that int4-convert did not write ({', '.join(foreign[:5])}); "
-                "choose an empty or new folder"
+                f"{self.folder}: cannot tell which files are ours ({reason}); remove the folder, or choose another"
+            ) from None
+        if foreign := [name for name in found if not is_ours[name]]:
+            raise OutputError(
+                f"{self.folder}: holds files that int4-convert did not write, or that changed since "
+                f"({', '.join(foreign[:5])}); remove them, or choose an empty or new folder"
             )
-        stale = (owned & present) - wanted - {LOCK_NAME, JOURNAL_NAME}
-        publish_bytes(self.folder / JOURNAL_NAME, canonical({"files": sorted(wanted | stale)}))
-        (self.folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: no finished-looking folder with parts missing
-        for name in sorted(partial | stale):
-            (self.folder / name).unlink(missing_ok=True)
+        return [path for name, path in found.items() if name not in RECORDS]
 
-    def _names(self) -> set[str]:
-        """Every file that this run will write."""
-        names = {shard.output for shard in self.plan.shards} | set(self.source.side_files) | {MANIFEST_NAME}
-        return names | {INDEX_NAME} if len(self.plan.shards) > 1 else names
-
-    def _owned(self) -> set[str]:
-        """The files that an earlier run wrote, or meant to, by the manifest or journal that it left."""
+    def _recorded(self) -> frozenset[FileRecord] | None:
+        """The files that the manifest or journal of an earlier run names, or None if there is neither."""
         manifest, journal = self.folder / MANIFEST_NAME, self.folder / JOURNAL_NAME
+        if manifest.exists() and not self._overwrite:
+            raise OutputError(
+                f"{self.folder}: holds a finished checkpoint; give --overwrite to replace it, or another folder"
+            )
         if manifest.exists():
-            if not self._overwrite:
-                raise OutputError(
-                    f"{self.folder}: holds a finished checkpoint; give --overwrite to replace it, or another folder"
-                )
-            return {file.name for file in read_manifest(self.folder).files} | {MANIFEST_NAME}
+            return frozenset(read_manifest(self.folder).files)
         if journal.exists():
-            return set(parse_object(read_small(journal), str(journal)).get("files", ()))
-        return set()
+            fields = parse_object(read_small(journal, link_roots(self.folder)), str(journal))
+            return frozenset(from_json(Journal, {"files": fields.get("files")}, str(journal)).files)
+        return None
 
-    def _refuse_full_disk(self) -> None:
-        needed = self.plan.sizes.stored_bytes + SPARE_BYTES
-        free = shutil.disk_usage(self.folder).free
+    def _clear(self, ours: list[Path]) -> None:
+        """Remove what an earlier run left, and begin a journal."""
+        manifest = self.folder / MANIFEST_NAME
+        if manifest.exists():  # first: no finished-looking folder with parts missing
+            rename(manifest, self.folder / JOURNAL_NAME)
+        for path in ours:
+            remove(path)
+            for parent in path.relative_to(self.folder).parents[:-1]:
+                if not leaves(self.folder / parent):
+                    remove(self.folder / parent)
+        self._write_journal()
+
+    def _refuse_full_disk(self, ours: list[Path]) -> None:
+        side_files = sum((self.source.folder / name).stat().st_size for name in self.source.side_files)
+        needed = self.plan.sizes.stored_bytes + side_files + SPARE_BYTES
+        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in ours)
         if free < needed:
             raise OutputError(
                 f"{self.folder}: {free} bytes are free, {needed} are needed; free some, or use another disk"
             )
+
+
+def _is_ours(path: Path, name: str, recorded: frozenset[FileRecord] | None) -> bool:
+    """Whether an earlier run left `path`: as its record says, or half-made, or a folder that it emptied."""
+    if path.is_symlink():
+        return False
+    if name in RECORDS:
+        return True
+    if recorded is None:  # before there is a record there is only a half-made one
+        return PARTIAL.sub("", name) == JOURNAL_NAME
+    if path.is_dir() or PARTIAL.search(name):
+        return True
+    size = path.stat().st_size
+    if not any((file.name, file.size) == (name, size) for file in recorded):
+        return False
+    return path.is_file() and FileRecord(name, *hash_file(path)) in recorded

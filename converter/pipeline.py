@@ -1,6 +1,7 @@
 """The road of a tensor: read → device → quantise → write."""
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -62,6 +63,11 @@ def convert_tensor(
             stored[name] += bytes_of(tensor)
         squares += _squared_error(block, quantized, scheme)
     error, total = squares.tolist()
+    if not math.isfinite(error):
+        raise NonFiniteError(
+            f"tensor {plan.name!r}: weights up to {weight.abs().max().item():.3g} overflow fp32 once they are rounded "
+            "to int4; expected smaller ones: repair the source, or keep this tensor with --exclude"
+        )
     # Six digits: the last bits of a sum depend on the device that adds.
     return stored, ErrorRecord(float(f"{error / total if total else 0.0:.6g}"))
 

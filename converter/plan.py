@@ -1,5 +1,6 @@
 """What happens to each tensor, and why: decided before any work."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,8 @@ class Plan:
 def make_plan(source: Source, recipe: Recipe) -> Plan:
     """Decide for every tensor of `source`.
 
-    Raises `UsageError` for a pattern that matches or changes nothing, `CheckpointError` where names would collide.
+    Raises `UsageError` for a pattern that matches or changes nothing, `CheckpointError` where names would collide or
+    nothing would be quantised.
     """
     model_type = str((source.config or {}).get("model_type", ""))
     shards = tuple(
@@ -69,6 +71,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     plan = Plan(recipe, shards)
     _check_patterns(plan)
     _check_collisions(plan, source)
+    if not plan.sizes.quantized:
+        reasons = Counter(tensor.reason for tensor in plan.tensors).most_common()
+        found = ", ".join(f"{count} × {reason}" for reason, count in reasons)
+        raise CheckpointError(f"{source.folder}: holds nothing to quantise: {found or 'no tensors'}")
     return plan
 
 

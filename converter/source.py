@@ -2,15 +2,16 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from formats.container import SUFFIX, Container
 from formats.errors import CheckpointError, UsageError
-from formats.files import read_small, safe_name
-from formats.hub import download, link_roots
+from formats.files import link_roots, open_regular, read_small, safe_name
+from formats.hub import download
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
 
@@ -18,12 +19,16 @@ CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model" + SUFFIX
 
+# The weights of the model, by their names; a variant has a dot before its suffix, as in model.fp16.safetensors.
+MODEL_FILE = re.compile(r"model[^./]*\.safetensors")
+MODEL_GLOBS = (SINGLE_NAME, f"model-*{SUFFIX}", f"*/*{SUFFIX}")  # what may count as weights or as part of the model
+
 # Other forms of the same weights; they are neither read nor copied.
-WEIGHT_SUFFIXES = (
-    SUFFIX, ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
+OTHER_SUFFIXES = (
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
     ".ot", ".npz", ".tflite", ".mlmodel", ".nemo",
 )  # fmt: skip
-WEIGHT_INDEX_SUFFIXES = tuple(suffix + ".index.json" for suffix in WEIGHT_SUFFIXES)
+WEIGHT_SUFFIXES = (SUFFIX, *OTHER_SUFFIXES)
 
 QUANTIZED_SUFFIXES = (
     ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point",
@@ -69,7 +74,8 @@ def open_source(model: str, revision: str | None = None, *, quiet: bool = False)
     commit = folder.name
     index = folder / INDEX_NAME
     names = sorted(set(_weight_map(index, link_roots(folder)).values())) if index.exists() else [SINGLE_NAME]
-    return _read(download(model, commit, allow=[glob.escape(name) for name in names], quiet=quiet), model, commit)
+    weights = [*map(glob.escape, names), *MODEL_GLOBS]
+    return _read(download(model, commit, allow=weights, quiet=quiet), model, commit)
 
 
 def _read(folder: Path, name: str, commit: str | None) -> Source:
@@ -77,7 +83,7 @@ def _read(folder: Path, name: str, commit: str | None) -> Source:
     config = _read_config(folder, roots)
     shards = _read_shards(folder, roots)
     _refuse_quantized(folder, shards)
-    return Source(name, commit, folder, roots, config, shards, tuple(_side_files(folder)))
+    return Source(name, commit, folder, roots, config, shards, tuple(_side_files(folder, roots)))
 
 
 def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None:
@@ -85,14 +91,21 @@ def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None
     if not path.exists():
         return None
     config = parse_object(read_small(path, roots), str(path), constants=True)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            method = config[key].get("quant_method") if isinstance(config[key], dict) else config[key]
-            raise CheckpointError(
-                f"{path}: the model is already quantised ({method}); expected 16- or 32-bit weights: "
-                "convert the model that it was made from"
-            )
+    if method := _quantization(config):
+        raise CheckpointError(
+            f"{path}: the model is already quantised ({method}); expected 16- or 32-bit weights: "
+            "convert the model that it was made from"
+        )
     return config
+
+
+def _quantization(config: dict[str, Any]) -> Any:
+    """What the configuration calls the method by which the model was quantised, if it was."""
+    mlx = config.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx:
+        return "MLX"
+    found = config.get("quantization_config") or config.get("compression_config")
+    return found.get("quant_method", "method unknown") if isinstance(found, dict) else found
 
 
 def _weight_map(path: Path, roots: tuple[Path, ...]) -> dict[str, str]:
@@ -111,15 +124,27 @@ def _read_shards(folder: Path, roots: tuple[Path, ...]) -> dict[str, dict[str, T
     if not index.exists():
         if not (folder / SINGLE_NAME).exists():
             raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(folder)}")
+        _refuse_strays(folder, {SINGLE_NAME}, SINGLE_NAME)
         return {SINGLE_NAME: _read_header(folder / SINGLE_NAME, roots)}
     weight_map = _weight_map(index, roots)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(f"{index}: names {_some(missing)} which are not in the folder; fetch them again")
+    _refuse_strays(folder, set(names), INDEX_NAME)
     shards = {name: _read_header(folder / name, roots) for name in names}
     _compare_with_index(weight_map, shards, index)
     return shards
+
+
+def _refuse_strays(folder: Path, names: set[str], origin: str) -> None:
+    """A weight file that would be left out may be stale, or half of the model: only its owner knows."""
+    found = {path.name for path in folder.iterdir() if MODEL_FILE.fullmatch(path.name)}
+    if strays := sorted(found - names):
+        raise CheckpointError(
+            f"{folder}: holds {_some(strays)} beside the weights of {origin}; remove what is not part of the model, "
+            f"or fetch the {INDEX_NAME} that names every file"
+        )
 
 
 def _read_header(path: Path, roots: tuple[Path, ...]) -> dict[str, TensorSpec]:
@@ -143,9 +168,11 @@ def _compare_with_index(weight_map: dict[str, str], shards: dict[str, dict[str, 
 
 
 def _refuse_quantized(folder: Path, shards: dict[str, dict[str, TensorSpec]]) -> None:
+    names = {name for tensors in shards.values() for name in tensors}
     for shard, tensors in shards.items():
         for name, spec in tensors.items():
-            if name.endswith(QUANTIZED_SUFFIXES) or spec.dtype in QUANTIZED_DTYPES:
+            is_mlx = spec.dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in names
+            if name.endswith(QUANTIZED_SUFFIXES) or spec.dtype in QUANTIZED_DTYPES or is_mlx:
                 raise CheckpointError(
                     f"{folder / shard}: tensor {name!r} ({spec}) belongs to a model that is already quantised; "
                     "expected 16- or 32-bit weights: convert the model that it was made from"
@@ -160,14 +187,28 @@ def _found_instead(folder: Path) -> str:
     )
 
 
-def _side_files(folder: Path) -> Iterator[str]:
-    """Every file that is not weights, below `folder`, hidden ones left out."""
-    for parent, folders, files in os.walk(folder):
+def _side_files(folder: Path, roots: tuple[Path, ...]) -> Iterator[str]:
+    """Every file that is copied: all below `folder` but hidden ones and weights; checked here, before any work."""
+    for parent, folders, files in os.walk(folder, onerror=_refuse_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if (link := Path(parent) / name).is_symlink():
+                raise CheckpointError(f"{link}: is a link to a folder; put the folder in its place, or remove it")
         for name in sorted(files):
             relative = (Path(parent) / name).relative_to(folder).as_posix()
-            if not name.startswith(".") and not name.endswith(WEIGHT_SUFFIXES + WEIGHT_INDEX_SUFFIXES):
-                yield safe_name(relative, str(folder))
+            if not name.startswith(".") and not _is_weights(relative):
+                os.close(open_regular(folder / safe_name(relative, str(folder)), roots))
+                yield relative
+
+
+def _is_weights(name: str) -> bool:
+    """Whether the file `name` is left out: weights; but safetensors of a subfolder are another part of the model."""
+    suffixes = OTHER_SUFFIXES if "/" in name else WEIGHT_SUFFIXES
+    return name.removesuffix(".index.json").endswith(suffixes)
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise CheckpointError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or remove it")
 
 
 def _some(names: list[str]) -> str:

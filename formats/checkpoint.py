@@ -7,7 +7,7 @@ from pathlib import Path
 from formats.codec import check_scale
 from formats.container import Container
 from formats.errors import CheckpointError
-from formats.files import read_blocks
+from formats.files import hash_file, link_roots
 from formats.layout import SCALE, TensorSpec
 from formats.manifest import FileRecord, Manifest, read_manifest
 from formats.tensors import tensor_from
@@ -22,6 +22,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._roots = link_roots(folder)  # no file outside them is opened, whatever a link says
         self.manifest: Manifest = read_manifest(folder)
         self.files: dict[str, FileRecord] = {file.name: file for file in self.manifest.files}
         for shard in self.manifest.shards:
@@ -39,7 +40,7 @@ class Checkpoint:
         for shard, specs in self.manifest.shards.items():
             path = self.folder / shard
             digest = hashlib.sha256() if verify else None
-            with Container(path) as container:
+            with Container(path, self._roots) as container:
                 _compare(specs, {name: entry.spec for name, entry in container.tensors.items()}, path)
                 for name, spec, data in container.stream(digest):
                     if name in scales:
@@ -61,7 +62,7 @@ class Checkpoint:
                     f"{self.folder}: tensor {name!r} has another SHA-256 than its row; fetch it again"
                 )
         for name in self.files.keys() - self.manifest.shards.keys():
-            self._check_digest(name, _hash_file(self.folder / name))
+            self._check_digest(name, hash_file(self.folder / name, self._roots)[1])
 
     def _check_digest(self, name: str, found: str) -> None:
         expected = self.files[name].sha256
@@ -70,13 +71,6 @@ class Checkpoint:
                 f"{self.folder / name}: SHA-256 is {found[:12]}…, the manifest says {expected[:12]}…; "
                 "the file is damaged: fetch it again"
             )
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    for block in read_blocks(path):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 def _compare(expected: dict[str, TensorSpec], found: dict[str, TensorSpec], path: Path) -> None:

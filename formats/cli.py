@@ -9,7 +9,7 @@ import click
 
 from formats import __version__
 from formats.checkpoint import Checkpoint
-from formats.command import run
+from formats.command import echo, printable, run
 from formats.layout import ROW_WISE
 from formats.manifest import Manifest
 from formats.records import to_json
@@ -28,14 +28,12 @@ def command(folder: Path, verify: bool, as_json: bool) -> None:
     manifest = checkpoint.manifest
     if as_json:
         fields = {**to_json(manifest), **dataclasses.asdict(manifest.sizes), "verified": verify}
-        click.echo(json.dumps(fields, indent=2))
+        echo(json.dumps(fields, indent=2))
         return
     for line in _description(manifest):
-        click.echo(line)
+        echo(printable(line))
     if verify:
-        click.echo(
-            f"verified: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every byte as it was written"
-        )
+        echo(f"verified: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every byte as it was written")
 
 
 def _description(manifest: Manifest) -> list[str]:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from formats.errors import CheckpointError
-from formats.files import open_regular, write_all
-from formats.layout import DTYPE_BYTES, TensorSpec
+from formats.files import open_regular
+from formats.layout import DTYPE_BYTES, MAX_SIZE, TensorSpec
 from formats.strict_json import parse_object
 
 SUFFIX = ".safetensors"
@@ -157,14 +157,20 @@ def _parse_entry(name: str, raw: Any, data_start: int, path: Path) -> Entry:
         raise CheckpointError(f"{where}: header entry needs exactly dtype, shape and data_offsets; fetch it again")
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise CheckpointError(f"{where}: type {dtype!r} is not supported; expected one of {', '.join(DTYPE_BYTES)}")
+        raise CheckpointError(f"{where}: type {dtype!r:.80} is not supported; expected one of {', '.join(DTYPE_BYTES)}")
     for field, value in (("shape", shape), ("data_offsets", offsets)):
         # `type(v) is int`: a JSON true would pass as an int.
-        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
-            raise CheckpointError(f"{where}: {field} is {value!r}, expected whole numbers from 0; fetch it again")
+        if not isinstance(value, list) or not all(type(v) is int and 0 <= v <= MAX_SIZE for v in value):
+            raise CheckpointError(
+                f"{where}: {field} is {value!r:.80}, expected whole numbers from 0 to 2^63 − 1; fetch it again"
+            )
     spec = TensorSpec(dtype, tuple(shape))
+    if not spec.is_possible:
+        raise CheckpointError(f"{where}: shape is {shape!r:.80}, which no file can hold; fetch it again")
     if len(offsets) != 2 or offsets[1] - offsets[0] != spec.nbytes:
-        raise CheckpointError(f"{where}: data_offsets {offsets}, but {spec} takes {spec.nbytes} bytes; fetch it again")
+        raise CheckpointError(
+            f"{where}: data_offsets {offsets!r:.80}, but {spec} takes {spec.nbytes} bytes; fetch it again"
+        )
     return Entry(spec, data_start + offsets[0], data_start + offsets[1])
 
 
@@ -195,14 +201,21 @@ def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     return len(text).to_bytes(8, "little") + text
 
 
+class Sink(Protocol):
+    """Where a `Writer` writes: a file."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> object:
+        """Take all of `data`."""
+
+
 class Writer:
-    """Streams tensors to a descriptor in `file_order`, hashing as it writes; the header goes first.
+    """Streams tensors to a file in `file_order`, hashing as it writes; the header goes first.
 
     A tensor that comes before its turn waits in memory.
     """
 
-    def __init__(self, fd: int, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
-        self._fd = fd
+    def __init__(self, file: Sink, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self._file = file
         self._specs = specs
         self._order = iter(file_order(specs))
         self._next = next(self._order, None)
@@ -227,6 +240,6 @@ class Writer:
         return self._size, self._digest.hexdigest()
 
     def _write(self, data: bytes | bytearray | memoryview) -> None:
-        write_all(self._fd, data)
+        self._file.write(data)
         self._digest.update(data)
         self._size += len(data)

@@ -2,26 +2,32 @@
 
 import errno
 import fcntl
+import hashlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from formats.errors import CheckpointError, OutputError, TemporaryError
 
 PARTIAL_SUFFIX = ".partial"
 READ_BLOCK = 1 << 20
+SHARED_BLOBS = "blobs"  # beside the repositories of a Hub cache, for files that came through Xet
+LOCK_CONTENT = re.compile(rb"\d{0,20}\n?")
 
 
 def safe_name(name: str, where: str) -> str:
     """`name` if it is a plain relative path on every operating system, else `CheckpointError`."""
+    if not name.isprintable():
+        raise CheckpointError(f"{where}: file name {name[:200]!r} is not printable UTF-8; rename the file")
     parts = name.split("/")
     plain = (
-        name.isprintable()
-        and not name.startswith("~")
-        and all(part not in ("", ".", "..") for part in parts)
+        all(part not in ("", ".", "..") for part in parts)
+        and not (name.startswith("~") and len(parts) > 1)  # a shell would take it for somebody's home
         and not PureWindowsPath(name).drive
         and "\\" not in name
         and not PurePosixPath(name).is_absolute()
@@ -31,10 +37,22 @@ def safe_name(name: str, where: str) -> str:
     return name
 
 
+def link_roots(folder: Path) -> tuple[Path, ...]:
+    """The folders that links in `folder` may lead to: itself, or of a Hub snapshot all that its cache shares."""
+    folder = real_path(folder)
+    is_snapshot = folder.parent.name == "snapshots" and "--" in folder.parent.parent.name
+    if not is_snapshot:
+        return (folder,)
+    repository = folder.parent.parent
+    shared = repository.parent / SHARED_BLOBS
+    return (repository,) if shared.is_symlink() else (repository, shared)
+
+
 def open_regular(path: Path, roots: Sequence[Path] = ()) -> int:
     """Open `path` for reading as a file descriptor; anything but a regular file (below one of `roots`) is refused."""
-    if roots and not any(path.resolve().is_relative_to(root.resolve()) for root in roots):
-        raise CheckpointError(f"{path}: is a link to {path.resolve()}, outside {roots[0]}; copy the file in its place")
+    target = real_path(path)
+    if roots and not any(target.is_relative_to(real_path(root)) for root in roots):
+        raise CheckpointError(f"{path}: is a link to {target}, outside {roots[0]}; copy the file in its place")
     try:
         # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -46,9 +64,14 @@ def open_regular(path: Path, roots: Sequence[Path] = ()) -> int:
     return fd
 
 
+def real_path(path: Path) -> Path:
+    """`path` without links; where they go round in a circle, which `Path.resolve` raises on, opening it will tell."""
+    return Path(os.path.realpath(path))
+
+
 def read_small(path: Path, roots: Sequence[Path] = (), limit: int = 64 << 20) -> bytes:
     """The bytes of a regular file of at most `limit` bytes."""
-    with open(open_regular(path, roots), "rb") as file:
+    with open(open_regular(path, roots), "rb") as file, _reading(path):
         raw = file.read(limit + 1)
     if len(raw) > limit:
         raise CheckpointError(f"{path}: is over {limit} bytes, more than any file of its kind needs")
@@ -57,90 +80,161 @@ def read_small(path: Path, roots: Sequence[Path] = (), limit: int = 64 << 20) ->
 
 def read_blocks(path: Path, roots: Sequence[Path] = ()) -> Iterator[bytes]:
     """The bytes of a regular file of any size, block by block."""
-    with open(open_regular(path, roots), "rb") as file:
+    with open(open_regular(path, roots), "rb") as file, _reading(path):
         while block := file.read(READ_BLOCK):
             yield block
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    advice = "free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
-    return OutputError(f"{path}: cannot be written ({error.strerror}); {advice}")
+def hash_file(path: Path, roots: Sequence[Path] = ()) -> tuple[int, str]:
+    """Size and SHA-256 of a regular file."""
+    digest, size = hashlib.sha256(), 0
+    for block in read_blocks(path, roots):
+        digest.update(block)
+        size += len(block)
+    return size, digest.hexdigest()
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[int]:
-    """Yield a descriptor of a new file that takes the name `path` only once it is whole and on disk.
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check the disk, or fetch it again") from None
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = "free some space and run again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the folder"
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); {advice}") from None
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A file on its way to the name `path`."""
+
+    path: Path
+    fd: int
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Write every byte of `data`, or raise `OutputError`."""
+        view = memoryview(data)
+        with _writing(self.path):
+            while view:
+                view = view[os.write(self.fd, view) :]
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[NewFile]:
+    """Yield a new file that takes the name `path` only once it is whole and on disk.
 
     Raises `OutputError` where the file system refuses; then, as after any other error, `path` is as it was.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
-    try:
+    with _writing(path):
         # Mode 0666: the user's umask decides, as for any file that a program writes.
         fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise _output_error(path, error) from None
     try:
         try:
-            yield fd
-            os.fsync(fd)
+            yield NewFile(path, fd)
+            with _writing(path):
+                os.fsync(fd)
         finally:
             os.close(fd)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _output_error(path, error) from None
+        rename(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the error that brought us here says more
+            partial.unlink(missing_ok=True)
         raise
 
 
-def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
-    """Write every byte of `data`."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+def rename(old: Path, new: Path) -> None:
+    """Give `old` the name `new` in the same folder, in one step and for good; raises `OutputError`."""
+    with _writing(new):
+        os.replace(old, new)
+        folder = os.open(new.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents if they are missing; raises `OutputError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be made a folder ({error.strerror}); choose another") from None
+
+
+def leaves(folder: Path) -> list[Path]:
+    """Every file, link and empty folder below `folder`; raises `OutputError` where it cannot be listed."""
+    with _writing(folder):
+        found = sorted(folder.iterdir())
+    inner = {path: leaves(path) if path.is_dir() and not path.is_symlink() else [] for path in found}
+    return [leaf for path in found for leaf in inner[path] or [path]]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or an empty folder; raises `OutputError`."""
+    with _writing(path):
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
 
 
 def publish_bytes(path: Path, data: bytes) -> None:
     """Write a whole small file atomically."""
-    with publish(path) as fd:
-        write_all(fd, data)
+    with publish(path) as file:
+        file.write(data)
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """Hold `path` as a lock file; the file holds the process id, and is gone afterwards.
 
-    Raises `TemporaryError` naming the holder when another process holds it. The lock saves work and confusion;
-    correctness does not rest on it, because every file is published whole.
+    Raises `TemporaryError` naming the holder when another process holds it, `OutputError` for anything that is no lock
+    file or cannot be one. The lock saves work and confusion; correctness does not rest on it, because every file is
+    published whole.
     """
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise _output_error(path, error) from None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(fd)
-            raise TemporaryError(f"{path.parent}: in use by process {holder}; wait for it, or stop it") from None
-        if os.fstat(fd).st_nlink:  # else its last holder removed the file between our open and our lock
-            break
-        os.close(fd)
+    fd = _open_locked(path)
     try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with _writing(path):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        try:
+            with suppress(OSError):  # a file that stays is no obstacle
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        with _writing(path):  # O_NOFOLLOW: a link could lead to a file that we would empty
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            with _writing(path):
+                _take(fd, path)
+            if os.fstat(fd).st_nlink:  # else its last holder removed the file between our open and our lock
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
         os.close(fd)
+
+
+def _take(fd: int, path: Path) -> None:
+    content = os.pread(fd, 64, 0)
+    if not LOCK_CONTENT.fullmatch(content):
+        raise OutputError(f"{path}: is no lock file of ours; remove it, or choose a new folder")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = content.decode().strip() or "unknown"
+        raise TemporaryError(f"{path.parent}: in use by process {holder}; wait for it, or stop it") from None

@@ -1,5 +1,6 @@
 """Folders from the Hugging Face Hub, by huggingface_hub, with its errors in this project's terms."""
 
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,10 +9,11 @@ from typing import Any
 
 from tqdm.asyncio import tqdm_asyncio
 
-from formats.errors import HubError, Int4Error, TemporaryError, UsageError
+from formats.errors import HubError, Int4Error, OutputError, TemporaryError, UsageError
 
-SHARED_BLOBS = "blobs"  # beside the repositories of a cache, for files that came through Xet
 BUSY = (408, 425, 429)
+CACHE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+TRANSPORTS = ("httpx", "httpcore", "h11", "requests", "urllib3", "hf_xet")  # beginnings of module names
 
 
 def download(
@@ -25,7 +27,8 @@ def download(
 ) -> Path:
     """Fetch a repository's files into the Hub cache and return the snapshot folder, whose name is the commit.
 
-    `allow` and `ignore` are glob patterns of file names. Raises `HubError`, `TemporaryError` or `UsageError`.
+    `allow` and `ignore` are glob patterns of file names. Raises `HubError`, `TemporaryError`, `UsageError`, or
+    `OutputError` where the cache cannot be written.
     """
     from huggingface_hub import snapshot_download  # here, because importing it takes a second that --help need not pay
 
@@ -39,16 +42,6 @@ def download(
             tqdm_class=_NoBar if quiet or not sys.stderr.isatty() else None,
         )
         return Path(folder)
-
-
-def link_roots(folder: Path) -> tuple[Path, ...]:
-    """The folders that links in `folder` may lead to: of a Hub snapshot, the blobs of its repository and cache."""
-    is_snapshot = folder.parent.name == "snapshots" and "--" in folder.parent.parent.name
-    if not is_snapshot:
-        return (folder,)
-    repository = folder.parent.parent.resolve()
-    shared = repository.parent / SHARED_BLOBS
-    return (repository,) if shared.is_symlink() else (repository, shared)
 
 
 class _NoBar(tqdm_asyncio):  # type: ignore[type-arg]
@@ -91,10 +84,23 @@ def _translated(repo_id: str, revision: str | None, repo_type: str) -> Iterator[
         raise HubError(
             f"{where}: cannot be downloaded ({type(error).__name__}); check HF_ENDPOINT, HF_TOKEN and the repository"
         ) from None
-    except Exception as error:  # huggingface_hub lets those of httpx, httpx2 and hf_xet through, which share no base
-        # The type alone: the text of such an error may hold the token.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+    except OSError as error:
+        # Not its whole text here and below, which may hold the token.
+        reason = error.strerror or type(error).__name__
+        if error.errno in CACHE_ERRORS:
+            raise OutputError(
+                f"{where}: the Hub cache cannot be written ({reason}); see HF_HOME and its disk"
+            ) from None
         raise TemporaryError(f"{where}: the download failed ({reason}); run again") from None
+    except Exception as error:
+        if not _is_transport(error):
+            raise
+        raise TemporaryError(f"{where}: the download failed ({type(error).__name__}); run again") from None
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether it comes from the libraries below huggingface_hub, which share no base; Xet raises bare RuntimeErrors."""
+    return type(error) is RuntimeError or type(error).__module__.startswith(TRANSPORTS)
 
 
 def _by_status(where: str, status: int) -> Int4Error:

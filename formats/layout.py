@@ -9,6 +9,8 @@ BITS = 4
 CODE_MIN, CODE_MAX = -8, 7
 CODES_PER_WORD = 32 // BITS
 ROW_WISE = -1
+MAX_SIZE = 2**63 - 1  # of a dimension and of a tensor in bytes; no file holds more, and no message has to print it
+MAX_RANK = 64
 
 PACKED, SCALE, ZERO_POINT = "_packed", "_scale", "_zero_point"
 SCALE_DTYPES = ("BF16", "F16")
@@ -37,6 +39,16 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.numel * DTYPE_BYTES[self.dtype]
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether a file could hold it: a known type, and a size that 64 bits count."""
+        return (
+            self.dtype in DTYPE_BYTES
+            and len(self.shape) <= MAX_RANK
+            and all(0 <= size <= MAX_SIZE for size in self.shape)
+            and self.nbytes <= MAX_SIZE
+        )
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"

@@ -1,13 +1,14 @@
 """The manifest of an int4 checkpoint: what was made of what, by which recipe, and the digest of every byte."""
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from formats.container import SUFFIX
 from formats.errors import CheckpointError, UsageError
-from formats.files import read_small, safe_name
-from formats.layout import DTYPE_BYTES, Scheme, TensorSpec, stored_tensors
+from formats.files import link_roots, read_small, safe_name
+from formats.layout import Scheme, TensorSpec, stored_tensors
 from formats.records import from_json, to_json
 from formats.sizes import Sizes, sizes_of
 from formats.strict_json import canonical, parse_object
@@ -16,6 +17,7 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "model.safetensors.index.i4.json"
 SHARD_SUFFIX = ".i4" + SUFFIX
 FORMAT_VERSION = 1
+SHA256 = re.compile("[0-9a-f]{64}")
 FEATURES: frozenset[str] = frozenset()  # what a `requires` entry may name in this version
 
 
@@ -127,11 +129,13 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder}: holds no {MANIFEST_NAME}; it is no int4 checkpoint, or its conversion did not finish: "
             "run int4-convert again"
         )
-    fields = parse_object(read_small(path), str(path))
+    raw = read_small(path, link_roots(folder))
+    fields = parse_object(raw, str(path))
     _check_version(fields.get("format_version"), fields.get("requires"), path)
     manifest = from_json(Manifest, fields, str(path))
-    if manifest.sealed().digest != manifest.digest:
+    if manifest.to_bytes() != raw:  # byte for byte: JSON can say the same in many ways
         raise CheckpointError(f"{path}: its digest does not match its text; it was changed or damaged: fetch it again")
+    _check_digests(manifest, path)
     _check_rows(manifest, path)
     return manifest
 
@@ -139,10 +143,18 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_version(version: object, requires: object, path: Path) -> None:
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{path}: format_version is {version!r}, expected a number from 1; fetch it again")
-    unknown = sorted(set(requires) - FEATURES) if isinstance(requires, list) and version == FORMAT_VERSION else []
+    names = {name for name in requires if isinstance(name, str)} if isinstance(requires, list) else set()
+    unknown = sorted(names - FEATURES) if version == FORMAT_VERSION else []
     if version > FORMAT_VERSION or unknown:
         found = f"needs {unknown}" if unknown else f"is format version {version}"
         raise CheckpointError(f"{path}: {found}, this program reads version {FORMAT_VERSION}; upgrade int4-convert")
+
+
+def _check_digests(manifest: Manifest, path: Path) -> None:
+    files = [file.sha256 for file in manifest.files + manifest.source.files]
+    for digest in files + [digest for row in manifest.tensors for digest in row.sha256]:
+        if not SHA256.fullmatch(digest):
+            raise CheckpointError(f"{path}: found {digest[:80]!r}, expected a SHA-256 in lower-case hex")
 
 
 def _check_rows(manifest: Manifest, path: Path) -> None:
@@ -157,8 +169,8 @@ def _check_rows(manifest: Manifest, path: Path) -> None:
     stored: set[str] = set()
     for row in manifest.tensors:
         where = f"{path}: tensor {row.name[:200]!r}"
-        if row.dtype not in DTYPE_BYTES or any(size < 0 for size in row.shape):
-            raise CheckpointError(f"{where}: is {row.dtype[:20]} {list(row.shape)}, which no file can hold")
+        if not row.spec.is_possible:
+            raise CheckpointError(f"{where}: is {row.dtype:.20} {list(row.shape)!r:.80}, which no file can hold")
         if row.quantized and (len(row.shape) != 2 or 0 in row.shape):
             raise CheckpointError(f"{where}: is quantized with shape {list(row.shape)}, expected a matrix")
         if row.file not in files or not row.file.endswith(SHARD_SUFFIX):

@@ -1,11 +1,13 @@
 """Frozen dataclasses from parsed JSON and back, strictly: every field present, none unknown, no type coerced."""
 
+import math
 import types
 import typing
 from dataclasses import fields
 from typing import Any, TypeVar
 
 from formats.errors import CheckpointError
+from formats.layout import MAX_SIZE
 
 Record = TypeVar("Record")
 
@@ -42,6 +44,8 @@ def _field(hint: Any, value: Any, where: str) -> Any:
         return from_json(hint, value, where)
     if type(value) is not hint:  # not isinstance: true must not pass as 1, nor 1 as 1.0
         raise CheckpointError(f"{where}: found {_short(value)}, expected {hint.__name__}")
+    if (hint is int and abs(value) > MAX_SIZE) or (hint is float and not math.isfinite(value)):
+        raise CheckpointError(f"{where}: found {_short(value)}, expected a number of 64 bits")
     return value
 
 

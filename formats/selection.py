@@ -14,9 +14,13 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 KEPT_BY_DEFAULT = tuple(
     (re.compile(pattern, re.IGNORECASE), reason)
     for pattern, reason in (
-        (r"(^|\.)(lm_head|embed_out|score|classifier|qa_outputs)$|^output$", "output head"),
+        (
+            r"(^|\.)(lm_head|mlm_head|embed_out|score|classifier|qa_outputs|vocab_projector|cls\.predictions\.decoder)$"
+            r"|^(output|proj_out|head)$",
+            "output head",
+        ),
         (r"(^|\.)(gate|router|shared_expert_gate)$|(^|\.)router\.", "router"),
-        (r"(^|\.)([^.]*norm[^.]*|ln_[^.]*)$", "norm"),
+        (r"(^|\.)([^.]*norm_?\d*|ln_[^.]*)$", "norm"),
         (
             r"(^|\.)(visual|vision[^.]*|audio[^.]*|image[^.]*|mm_projector|multi_modal_projector|[^.]*_tower)(\.|$)",
             "vision or audio part",
@@ -26,7 +30,8 @@ KEPT_BY_DEFAULT = tuple(
 
 # Never a linear layer, whatever a pattern says: nothing could load it as one.
 EMBEDDING = re.compile(
-    r"(^|\.)([^.]*embed|[^.]*embeddings?|[^.]*embed_(tokens|positions|in)[^.]*|wte|wpe|shared|relative_attention_bias)$"
+    r"(^|\.)([^.]*embed|[^.]*embeddings?|[^.]*embed_(tokens|positions|in)(?!.*proj)[^.]*"
+    r"|token_embd|(tok_|pos_)?emb|wte|wpe|codebook|shared|relative_attention_bias)$"
 )
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import convert_folder, write_checkpoint
+from checkpoints import convert_folder, random, write_checkpoint
 
 from formats.checkpoint import Checkpoint
 from formats.container import Container
@@ -92,9 +92,7 @@ def test_a_bad_scale_is_refused_even_without_hashes(folder: Path, bad: float) ->
 
 
 def test_a_kept_tensor_named_like_a_scale_may_be_zero(tmp_path: Path) -> None:
-    source = write_checkpoint(
-        tmp_path / "source", {"clip.logit_weight_scales": torch.zeros(1), "logit_scale": torch.zeros(1)}
-    )
+    source = write_checkpoint(tmp_path / "source", {"a.weight": random(8, 8), "logit_weight_scale": torch.zeros(1)})
     convert_folder(source, tmp_path / "out")
     Checkpoint(tmp_path / "out").verify()
 
@@ -104,3 +102,20 @@ def test_the_stream_yields_every_stored_tensor_in_its_type(folder: Path) -> None
     expected = {name: spec for specs in Checkpoint(folder).manifest.shards.values() for name, spec in specs.items()}
     assert streamed == expected
     assert all(spec.dtype in TORCH_DTYPES for spec in streamed.values())
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "model-00001-of-00002.i4.safetensors", "tokenizer.json"])
+def test_a_file_behind_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{name}: is a link to .*elsewhere, outside"):
+        Checkpoint(folder).verify()
+
+
+def test_a_row_with_the_digest_of_another_tensor_is_found(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    row = next(row for row in manifest["tensors"] if row["name"] == "model.norm.weight")
+    row["sha256"] = ["0" * 64]
+    reseal(folder, manifest)
+    with pytest.raises(CheckpointError, match="'model.norm.weight' has another SHA-256 than its row"):
+        Checkpoint(folder).verify()

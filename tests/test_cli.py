@@ -1,10 +1,13 @@
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import converter.cli
 import formats.cli
 import runtime.cli
 from formats.errors import TemporaryError
-from formats.manifest import MANIFEST_NAME
+from formats.manifest import MANIFEST_NAME, read_manifest
 
 MAINS = {"int4-convert": converter.cli.main, "int4-inspect": formats.cli.main, "int4-eval": runtime.cli.main}
 
@@ -99,7 +102,10 @@ def test_dry_run_json_has_the_plan(call: Call, source: Path, out: Path) -> None:
         (["--include", "nothing"], "matches no tensor"),
         (["--exclude", "re:("], "no regular expression"),
         (["--revision", "main"], "leave --revision out"),
-        (["--device", "abacus"], "--device abacus"),
+        (["--device", "abacus"], "device 'abacus'"),
+        (["--device", "meta"], "device 'meta'"),
+        (["--device", "hpu"], "device 'hpu'"),
+        (["--device", ""], "device ''"),
         (["--no-such-option"], "No such option"),
     ],
 )
@@ -187,6 +193,47 @@ def test_inspect_of_a_damaged_checkpoint_ends_with_3(call: Call, source: Path, o
     result = call("int4-inspect", out, "--verify")
     assert result.code == 3
     assert re.fullmatch(r"error: .*tokenizer.json: SHA-256 is .*fetch it again\n", result.err)
+
+
+def test_inspect_prints_what_a_file_says_as_harmless_text(call: Call, converted: Path, tmp_path: Path) -> None:
+    shutil.copytree(converted, tmp_path / "out")
+    manifest = read_manifest(converted)
+    source = replace(manifest.source, id="\x1b[31mred\nsize 0\ud800")
+    (tmp_path / "out" / MANIFEST_NAME).write_bytes(replace(manifest, source=source).to_bytes())
+    assert call("int4-inspect", tmp_path / "out").out.startswith("source     \\x1b[31mred\\nsize 0\\ud800\n")
+
+
+def test_an_error_is_one_line_of_bounded_length(call: Call, monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise TemporaryError("\x1b[31m\n\ud800" + "a" * 10**6)
+
+    monkeypatch.setattr(converter.cli, "open_source", fail)
+    error = call("int4-convert", source, "out").err
+    assert error.startswith(r"error: \x1b[31m\n\ud800aaa")
+    assert (len(error) < 1100, error.count("\n")) == (True, 1)
+
+
+def inspect_into(stdout: int, folder: Path) -> tuple[int, str]:
+    program = "from formats.cli import main; main()"
+    command = [sys.executable, "-c", program, str(folder)]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
+    return done.returncode, done.stderr
+
+
+def test_a_pipe_that_nobody_reads_ends_with_5_and_one_line(converted: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code, error = inspect_into(writer, converted)
+    os.close(writer)
+    assert (code, error) == (5, "error: standard output: cannot be written (Broken pipe); is its reader gone?\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_standard_output_ends_with_5_and_one_line(converted: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        code, error = inspect_into(full.fileno(), converted)
+    assert (code, error.count("\n"), "No space left on device" in error) == (5, 1, True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="written for a CPU")

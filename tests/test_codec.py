@@ -117,3 +117,12 @@ def test_a_short_last_group_is_scaled_by_its_own_weights() -> None:
 def test_non_contiguous_weights_are_read_by_their_strides() -> None:
     weight = random(64, 24).T
     assert torch.equal(quantize_dequantize(weight, Scheme(8)), quantize_dequantize(weight.contiguous(), Scheme(8)))
+
+
+@pytest.mark.parametrize(("dtype", "smallest"), [(torch.bfloat16, 2.0**-126), (torch.float16, 2.0**-24)])
+def test_tiny_weights_get_the_smallest_scale_that_the_format_allows(dtype: torch.dtype, smallest: float) -> None:
+    assert codec.quantize(torch.full((1, 8), 2.0**-140), Scheme(8), dtype).scale.item() == smallest
+
+
+def test_a_group_whose_scale_underflows_counts_as_zeros() -> None:
+    assert codec.quantize(torch.full((1, 8), 2.0**-149), Scheme(8), torch.bfloat16).scale.item() == 1

@@ -56,7 +56,10 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "float as a size": (with_fields(a={**F32X2, "shape": [2.0]}), "shape is"),
     "begin after end": (with_fields(a={**F32X2, "data_offsets": [8, 0]}), "takes 8 bytes"),
     "three offsets": (with_fields(a={**F32X2, "data_offsets": [0, 8, 8]}), "takes 8 bytes"),
-    "size that overflows": (with_fields(a={**F32X2, "shape": [1 << 62, 1 << 62]}), "takes"),
+    "size that overflows": (with_fields(a={**F32X2, "shape": [1 << 62, 1 << 62]}), "no file can hold"),
+    "number too long to print": (with_fields(a={**F32X2, "shape": [10**4000] * 2}), "shape is"),
+    "more dimensions than can be": (with_fields(a={**F32X2, "shape": [2] + [1] * 64}), "no file can hold"),
+    "offset too long to add to": (with_fields(a={**F32X2, "data_offsets": [0, 10**4299]}), "data_offsets is"),
     "shape larger than its bytes": (with_fields(a={**F32X2, "shape": [3]}), "takes 12 bytes"),
     "hole at the start": (with_fields(b"\0" * 16, a={**F32X2, "data_offsets": [8, 16]}), "hole or an overlap"),
     "overlap": (with_fields(b"\0" * 12, a=F32X2, b={**F32X2, "data_offsets": [4, 12]}), "hole or an overlap"),
@@ -79,6 +82,14 @@ def test_a_bad_file_is_refused_with_its_reason(kind: str, tmp_path: Path) -> Non
         Container(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("entry", [{"dtype": "F" * 10**6}, {"shape": [-1] * 10**5}, {"data_offsets": [1] * 10**5}])
+def test_an_error_says_what_was_found_in_few_words(entry: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(with_fields(a={**F32X2, **entry}))
+    with pytest.raises(CheckpointError) as caught:
+        Container(tmp_path / "a")
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
@@ -107,11 +118,10 @@ def test_a_flipped_bit_of_the_header_never_raises_anything_else(tmp_path: Path) 
 def write(
     path: Path, tensors: dict[str, torch.Tensor], order: Callable[[list[str]], list[str]] = list
 ) -> tuple[int, str]:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
-    writer = Writer(fd, {name: spec_of(tensor) for name, tensor in tensors.items()}, {"format": "pt"})
-    for name in order(list(tensors)):
-        writer.put(name, bytes_of(tensors[name]))
-    os.close(fd)
+    with path.open("wb") as file:
+        writer = Writer(file, {name: spec_of(tensor) for name, tensor in tensors.items()}, {"format": "pt"})
+        for name in order(list(tensors)):
+            writer.put(name, bytes_of(tensors[name]))
     return writer.finish()
 
 
@@ -179,14 +189,14 @@ def test_tensors_of_whole_words_keep_the_order_given() -> None:
 
 def test_a_missing_tensor_is_noticed(tmp_path: Path) -> None:
     with (tmp_path / "a").open("wb") as file:
-        writer = Writer(file.fileno(), {"a": TensorSpec("F32", (2,))}, {})
+        writer = Writer(file, {"a": TensorSpec("F32", (2,))}, {})
         with pytest.raises(ValueError, match="a was never written"):
             writer.finish()
 
 
 def test_a_tensor_of_the_wrong_size_is_noticed(tmp_path: Path) -> None:
     with (tmp_path / "a").open("wb") as file:
-        writer = Writer(file.fileno(), {"a": TensorSpec("F32", (2,))}, {})
+        writer = Writer(file, {"a": TensorSpec("F32", (2,))}, {})
         with pytest.raises(ValueError, match="got 7 bytes"):
             writer.put("a", b"\0" * 7)
 

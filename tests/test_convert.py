@@ -1,19 +1,25 @@
+import errno
 import json
 import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import contents, convert_folder, random, tiny_tensors, write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from converter import pipeline
-from converter.output import JOURNAL_NAME, LOCK_NAME, OutputDir
+from converter.output import JOURNAL_NAME, LOCK_NAME
 from formats import codec
+from formats.checkpoint import Checkpoint
 from formats.errors import CheckpointError, NonFiniteError, OutputError, TemporaryError
 from formats.files import lock
 from formats.layout import Scheme
-from formats.manifest import MANIFEST_NAME, read_manifest
+from formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
 
 
 @pytest.fixture
@@ -140,7 +146,8 @@ def test_the_place_of_a_bad_weight_is_that_in_the_file(
 
 
 def test_a_bad_weight_in_a_kept_tensor_is_copied(tmp_path: Path, out: Path) -> None:
-    source = write_checkpoint(tmp_path / "source", {"norm.weight": torch.tensor([float("nan")])}, shards=1)
+    tensors = {"a.weight": random(8, 8), "norm.weight": torch.tensor([float("nan")])}
+    source = write_checkpoint(tmp_path / "source", tensors, shards=1)
     convert_folder(source, out)
     assert stored(out)["norm.weight"].isnan().all()
 
@@ -148,7 +155,7 @@ def test_a_bad_weight_in_a_kept_tensor_is_copied(tmp_path: Path, out: Path) -> N
 def test_an_output_folder_with_foreign_files_is_refused(source: Path, out: Path) -> None:
     out.mkdir()
     (out / "thesis.tex").write_text("mine")
-    with pytest.raises(OutputError, match=r"did not write \(thesis.tex\)"):
+    with pytest.raises(OutputError, match=r"did not write, .* \(thesis.tex\)"):
         convert_folder(source, out, overwrite=True)
     assert contents(out) == {"thesis.tex": b"mine"}
 
@@ -189,36 +196,66 @@ def test_overwrite_leaves_nothing_of_the_old_checkpoint(source: Path, out: Path,
     assert contents(out) == contents(tmp_path / "fresh")
 
 
+def interrupt_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a KeyboardInterrupt of the given moment before or after a file changes its name or goes."""
+    moments = count(1)
+
+    def interruptible(step: Callable[..., None]) -> Callable[..., None]:
+        def interrupted(*args: object) -> None:
+            if next(moments) == moment:
+                raise KeyboardInterrupt
+            step(*args)
+            if next(moments) == moment:
+                raise KeyboardInterrupt
+
+        return interrupted
+
+    for name in ("replace", "unlink", "rmdir", "mkdir"):
+        monkeypatch.setattr(os, name, interruptible(getattr(os, name)))
+
+
+@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
 def test_after_any_interruption_the_same_command_gives_the_same_bytes(
-    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    old = write_checkpoint(tmp_path / "old", shards=1)
+    (old / "2_Dense").mkdir()
+    (old / "2_Dense" / "config.json").write_text("{}")
+    convert_folder(old, tmp_path / "before")
     convert_folder(source, tmp_path / "whole")
-    replace, calls, stop_at = os.replace, 0, 0
-
-    def failing(old: str, new: str) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == stop_at:
-            raise KeyboardInterrupt
-        replace(old, new)
-
-    monkeypatch.setattr(os, "replace", failing)
+    before, whole = contents(tmp_path / "before"), contents(tmp_path / "whole")
     finished = False
-    while not finished:
-        calls, stop_at = 0, stop_at + 1
-        try:
-            convert_folder(source, out)
-            finished = True
-        except KeyboardInterrupt:
-            assert not (out / MANIFEST_NAME).exists()
-    assert stop_at > len(contents(tmp_path / "whole"))
-    assert contents(out) == contents(tmp_path / "whole")
+    for moment in count(1):
+        shutil.rmtree(out, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(tmp_path / "before", out)
+        with monkeypatch.context() as patched:
+            interrupt_at(moment, patched)
+            try:
+                convert_folder(source, out, overwrite=overwrite)
+                finished = True
+            except KeyboardInterrupt:
+                pass
+        (out / LOCK_NAME).unlink(missing_ok=True)  # may stay when its own removal is interrupted
+        if MANIFEST_NAME in contents(out):
+            assert contents(out) in (before, whole)
+        if overwrite or MANIFEST_NAME not in contents(out):
+            convert_folder(source, out, overwrite=overwrite)
+        assert contents(out) == whole
+        assert not (out / "2_Dense").exists()
+        if finished:
+            break
+    assert moment > 4 * len(whole)
 
 
 def test_leftovers_of_a_killed_run_are_removed(source: Path, out: Path, tmp_path: Path) -> None:
     convert_folder(source, tmp_path / "whole")
     out.mkdir()
-    (out / JOURNAL_NAME).write_text('{"files": ["model-00001-of-00002.i4.safetensors"]}')
+    (out / JOURNAL_NAME).write_text('{"files": []}')
+    (out / "1_Pooling").mkdir()
+    (out / "1_Pooling" / "config.json.0123abcd.partial").write_bytes(b"half")
     (out / "model-00001-of-00002.i4.safetensors.0123abcd.partial").write_bytes(b"half")
     (out / LOCK_NAME).write_text("999999")
     convert_folder(source, out)
@@ -241,10 +278,13 @@ def test_a_full_disk_is_noticed_before_the_work(source: Path, out: Path, monkeyp
 
 
 def test_a_disk_that_fills_up_leaves_no_partial_file(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: OutputDir, shard: object) -> None:
-        raise OSError(28, "No space left on device")
+    def full(fd: int, data: memoryview) -> int:
+        if data.nbytes > 500:  # not the journal
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data)
 
-    monkeypatch.setattr("formats.container.write_all", full)
+    write = os.write
+    monkeypatch.setattr(os, "write", full)
     with pytest.raises(OutputError, match="No space left.*free some space"):
         convert_folder(source, out)
     assert set(contents(out)) == {JOURNAL_NAME}
@@ -262,3 +302,132 @@ def test_a_source_that_changes_meanwhile_is_noticed(source: Path, out: Path, mon
     with pytest.raises(CheckpointError, match="changed while"):
         convert_folder(source, out)
     assert MANIFEST_NAME not in contents(out)
+
+
+def test_the_old_manifest_goes_before_any_other_file(
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_folder(source, out)
+    unlink = os.unlink
+
+    def checked(path: Path) -> None:
+        assert path.name == LOCK_NAME or not (out / MANIFEST_NAME).exists()
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", checked)
+    convert_folder(write_checkpoint(tmp_path / "other", shards=1), out, overwrite=True)
+
+
+def test_another_command_removes_what_an_interrupted_overwrite_left(
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_folder(source, out)
+    other = write_checkpoint(tmp_path / "other", shards=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert_folder(other, out, overwrite=True)
+    convert_folder(other, out)
+    convert_folder(other, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_folder_of_the_old_checkpoint_may_be_a_file_of_the_new(source: Path, out: Path, tmp_path: Path) -> None:
+    old = write_checkpoint(tmp_path / "old")
+    (old / "vocab").mkdir()
+    (old / "vocab" / "a.txt").write_text("a")
+    (source / "vocab").write_text("b")
+    convert_folder(old, out)
+    convert_folder(source, out, overwrite=True)
+    assert (out / "vocab").read_text() == "b"
+
+
+def test_a_file_of_the_user_is_kept_even_if_the_manifest_lists_it(source: Path, out: Path) -> None:
+    manifest = convert_folder(source, out)
+    (out / "thesis.tex").write_text("mine")
+    forged = replace(manifest, files=(*manifest.files, FileRecord("thesis.tex", 4, "0" * 64)))
+    (out / MANIFEST_NAME).write_bytes(forged.to_bytes())
+    with pytest.raises(OutputError, match="thesis.tex"):
+        convert_folder(source, out, overwrite=True)
+    assert (out / "thesis.tex").read_text() == "mine"
+
+
+def test_a_file_that_changed_since_is_not_overwritten(source: Path, out: Path) -> None:
+    convert_folder(source, out)
+    (out / "tokenizer.json").write_text("edited")
+    before = contents(out)
+    with pytest.raises(OutputError, match=r"changed since \(tokenizer.json\)"):
+        convert_folder(source, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_a_file_of_the_user_in_an_unfinished_folder_is_kept(source: Path, out: Path) -> None:
+    out.mkdir()
+    (out / JOURNAL_NAME).write_text(json.dumps({"files": [{"name": "LICENSE", "size": 4, "sha256": "0" * 64}]}))
+    (out / "LICENSE").write_text("mine")
+    with pytest.raises(OutputError, match="LICENSE"):
+        convert_folder(source, out)
+    assert (out / "LICENSE").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "journal", ["{", "null", "{}", '{"files": 5}', '{"files": [["x"]]}', '{"files": [{"name": "a"}]}']
+)
+def test_a_damaged_journal_is_an_output_error(source: Path, out: Path, journal: str) -> None:
+    out.mkdir()
+    (out / JOURNAL_NAME).write_text(journal)
+    with pytest.raises(OutputError, match="cannot tell which files are ours .*remove the folder"):
+        convert_folder(source, out)
+
+
+def test_a_damaged_manifest_is_not_overwritten(source: Path, out: Path) -> None:
+    convert_folder(source, out)
+    (out / MANIFEST_NAME).write_bytes((out / MANIFEST_NAME).read_bytes()[:-5])
+    before = contents(out)
+    with pytest.raises(OutputError, match="cannot tell which files are ours .*remove the folder"):
+        convert_folder(source, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_a_link_in_the_output_folder_is_not_ours(source: Path, out: Path, tmp_path: Path) -> None:
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("theirs")
+    out.mkdir()
+    (out / JOURNAL_NAME).write_text('{"files": []}')
+    (out / "1_Pooling").symlink_to(tmp_path / "theirs")
+    with pytest.raises(OutputError, match=r"did not write, .* \(1_Pooling\)"):
+        convert_folder(source, out)
+    assert (tmp_path / "theirs" / "config.json").read_text() == "theirs"
+
+
+def test_a_full_disk_spares_the_old_checkpoint(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_folder(source, out)
+    before = contents(out)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    with pytest.raises(OutputError, match="bytes are free"):
+        convert_folder(source, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_weights_that_overflow_as_int4_are_refused_by_name(tmp_path: Path, out: Path) -> None:
+    extreme = torch.full((8, 8), 3.4e38)
+    extreme[:, ::2] *= -1
+    source = write_checkpoint(tmp_path / "source", {"a.weight": extreme}, shards=1)
+    with pytest.raises(NonFiniteError, match=r"'a\.weight': weights up to 3.4e\+38 overflow"):
+        convert_folder(source, out, Scheme(8, symmetric=False))
+
+
+def test_the_error_of_a_tensor_has_six_digits(source: Path, out: Path) -> None:
+    errors = [row.error.relative_mse for row in convert_folder(source, out).tensors if row.error]
+    assert errors == [float(f"{error:.6g}") for error in errors]
+
+
+def test_safetensors_of_a_subfolder_are_copied(source: Path, out: Path) -> None:
+    (source / "2_Dense").mkdir()
+    save_file({"linear.weight": random(8, 8)}, source / "2_Dense" / "model.safetensors")
+    convert_folder(source, out)
+    name = "2_Dense/model.safetensors"
+    assert (out / name).read_bytes() == (source / name).read_bytes()
+    Checkpoint(out).verify()

@@ -1,5 +1,6 @@
 """Checkpoints from the Hub: the real huggingface_hub client against a Hub on this machine."""
 
+import errno
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from converter.cli import command
 from converter.source import open_source
-from formats.errors import CheckpointError, HubError, Int4Error, TemporaryError, UsageError
+from formats.errors import CheckpointError, HubError, Int4Error, OutputError, TemporaryError, UsageError
 from formats.hub import download
 from formats.manifest import MANIFEST_NAME, read_manifest
 from runtime.load import resolve
@@ -160,6 +161,16 @@ def test_other_forms_of_the_weights_are_never_asked_for(hub: LocalHub, tmp_path:
     assert {name for _, name in hub.files_asked_for()} == set(files)
 
 
+def test_safetensors_of_a_subfolder_come_with_the_model(hub: LocalHub, tmp_path: Path) -> None:
+    hub.push({**make_checkpoint(tmp_path / "source"), "2_Dense/model.safetensors": b"x"})
+    assert "2_Dense/model.safetensors" in open_source(REPO).side_files
+
+
+def test_a_stale_shard_of_a_repository_is_refused(hub: LocalHub, tmp_path: Path) -> None:
+    hub.push({**make_checkpoint(tmp_path / "source"), "model-00003-of-00003.safetensors": b"x"})
+    assert "holds model-00003-of-00003.safetensors beside" in str(error_of())
+
+
 def test_an_index_that_names_a_pickle_is_refused_before_it_is_asked_for(hub: LocalHub) -> None:
     index = json.dumps({"weight_map": {"a.weight": "pytorch_model.bin"}}).encode()
     hub.push({INDEX: index, "pytorch_model.bin": b"\x80"})
@@ -276,6 +287,36 @@ def test_a_repository_that_is_not_cached_is_a_temporary_error_offline(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert type(error_of()) is TemporaryError
     assert not hub.requests
+
+
+def raise_in_client(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+
+
+@pytest.mark.parametrize("error", [TypeError("x"), AttributeError("x"), NameError("x"), KeyError("x")])
+def test_a_mistake_in_a_program_is_no_network_trouble(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    raise_in_client(monkeypatch, error)
+    with pytest.raises(type(error)):
+        download(REPO)
+
+
+class ReadError(Exception):
+    __module__ = "httpx2._exceptions"
+
+
+@pytest.mark.parametrize("error", [ReadError("x"), RuntimeError("Data processing error: CAS"), TimeoutError()])
+def test_trouble_below_the_client_is_a_temporary_error(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    raise_in_client(monkeypatch, error)
+    assert type(error_of()) is TemporaryError
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_cache_that_cannot_be_written_is_an_output_error(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    raise_in_client(monkeypatch, OSError(number, os.strerror(number)))
+    assert type(error_of()) is OutputError
 
 
 @pytest.mark.parametrize("model", ["a/b/c", "./name", "owner/na me", "hf://owner/name", "owner/name.git"])

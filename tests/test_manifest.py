@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,10 @@ SEALED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "empty matrix": (lambda m: m["tensors"][0].update(quantized=True, shape=[0, 4]), "expected a matrix"),
     "unknown type": (lambda m: m["tensors"][0].update(dtype="F4"), "no file can hold"),
     "negative size": (lambda m: m["tensors"][0].update(shape=[-1]), "no file can hold"),
+    "size over 64 bits": (lambda m: m["tensors"][0].update(shape=[1 << 62, 1 << 62]), "no file can hold"),
+    "digest in capitals": (lambda m: m["files"][0].update(sha256="A" * 64), "SHA-256 in lower-case hex"),
+    "digest of a tensor that is none": (lambda m: m["tensors"][0].update(sha256=["x"]), "SHA-256 in lower-case hex"),
+    "digest of a source that is none": (lambda m: m["source"]["files"][0].update(sha256=""), "lower-case hex"),
     "too few digests": (lambda m: m["tensors"][0].update(sha256=[]), "0 digests"),
     "impossible group size": (lambda m: m["recipe"].update(group_size=7), "group size 7"),
 }
@@ -59,6 +64,9 @@ UNSEALED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "version 0": (lambda m: m.update(format_version=0), "format_version is 0"),
     "version true": (lambda m: m.update(format_version=True), "format_version is True"),
     "unknown feature": (lambda m: m.update(requires=["int3"]), "needs .'int3'.*upgrade"),
+    "feature that is no text": (lambda m: m.update(requires=[[]]), r"requires\[0\]: found \[\]"),
+    "features of two kinds": (lambda m: m.update(requires=[1, "a"]), "needs .'a'"),
+    "number too long to print": (lambda m: m["files"][0].update(size=10**4000), "expected a number of 64 bits"),
     "unknown field": (lambda m: m.update(extra=1), "unknown .'extra'"),
     "missing field": (lambda m: m.pop("files"), "missing .'files'"),
     "true for a number": (lambda m: m["recipe"].update(group_size=True), "recipe.group_size: found True"),
@@ -87,3 +95,18 @@ def test_a_manifest_that_is_not_ours_is_refused(kind: str, folder: Path) -> None
 def test_the_digest_covers_every_field(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert replace(manifest, requires=("x",)).sealed().digest != manifest.digest
+
+
+def test_an_infinite_error_is_refused(folder: Path) -> None:
+    path = folder / MANIFEST_NAME
+    path.write_text(re.sub(r'"relative_mse": [0-9.e-]+', '"relative_mse": 1e999', path.read_text(), count=1))
+    with pytest.raises(CheckpointError, match="relative_mse: found inf"):
+        read_manifest(folder)
+
+
+def test_another_text_of_the_same_json_is_refused(tmp_path: Path) -> None:
+    convert_folder(write_checkpoint(tmp_path / "é"), tmp_path / "out")
+    path = tmp_path / "out" / MANIFEST_NAME
+    path.write_bytes(path.read_bytes().replace(rb"\u00e9", rb"\u00E9"))
+    with pytest.raises(CheckpointError, match="digest does not match its text"):
+        read_manifest(tmp_path / "out")

@@ -34,6 +34,15 @@ def folder(tmp_path: Path) -> Path:
         ("lm_head.weight", "output head"),
         ("model.language_model.lm_head.weight", "output head"),
         ("output.weight", "output head"),
+        ("head.weight", "output head"),
+        ("proj_out.weight", "output head"),
+        ("mlm_head.weight", "output head"),
+        ("vocab_projector.weight", "output head"),
+        ("cls.predictions.decoder.weight", "output head"),
+        ("embed_out.weight", "output head"),
+        ("score.weight", "output head"),
+        ("classifier.weight", "output head"),
+        ("qa_outputs.weight", "output head"),
         ("model.layers.3.mlp.gate.weight", "router"),
         ("model.layers.3.block_sparse_moe.gate.weight", "router"),
         ("model.layers.3.mlp.shared_expert_gate.weight", "router"),
@@ -41,8 +50,14 @@ def folder(tmp_path: Path) -> Path:
         ("model.layers.3.block_sparse_moe.router.layer.weight", "router"),
         ("model.layers.3.input_layernorm.weight", "norm"),
         ("h.0.ln_1.weight", "norm"),
+        ("h.0.norm2.weight", "norm"),
+        ("h.0.layer_norm_1.weight", "norm"),
+        ("encoder.LayerNorm.weight", "norm"),
         ("model.vision_tower.layers.0.q_proj.weight", "vision or audio part"),
         ("visual.blocks.0.attn.qkv.weight", "vision or audio part"),
+        ("model.layers.3.norm_proj.weight", None),
+        ("model.layers.3.head.weight", None),
+        ("blocks.3.proj_out.weight", None),
         ("model.layers.3.mlp.gate_proj.weight", None),
         ("model.layers.3.self_attn.o_proj.weight", None),
         ("model.layers.3.attention.output.dense.weight", None),
@@ -60,6 +75,14 @@ def test_names_that_are_kept_by_default(name: str, reason: str | None) -> None:
         ("model.embed_tokens.weight", TensorSpec("BF16", (8, 8)), "embedding"),
         ("gpt_neox.embed_in.weight", TensorSpec("BF16", (8, 8)), "embedding"),
         ("transformer.wte.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("transformer.wpe.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("shared.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("a.relative_attention_bias.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("model.embed_tokens_per_layer.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("token_embd.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("rwkv.emb.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("quantizer.codebook.weight", TensorSpec("BF16", (8, 8)), "embedding"),
+        ("model.embed_tokens_proj.weight", TensorSpec("BF16", (8, 8)), None),
         ("backbone.embeddings.weight", TensorSpec("BF16", (8, 8)), "embedding"),
         ("a.q_proj.bias", TensorSpec("BF16", (8,)), "bias"),
         ("a.norm.weight", TensorSpec("BF16", (8,)), "1-D"),
@@ -79,6 +102,21 @@ def test_gpt2_matrices_are_kept_because_they_are_transposed() -> None:
     spec = TensorSpec("BF16", (8, 8))
     assert never_quantized("h.0.attn.c_attn.weight", spec, "gpt2") == "Conv1D, stored [in, out]"
     assert never_quantized("h.0.attn.c_attn.weight", spec, "gpt_bigcode") is None
+
+
+def test_the_plan_of_gpt2_keeps_its_transposed_matrices(tmp_path: Path) -> None:
+    tensors = {"h.0.attn.c_attn.weight": random(8, 24), "other.weight": random(8, 8)}
+    folder = write_checkpoint(tmp_path / "source", tensors, shards=1)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert quantized(plan_of(folder)) == {"other.weight"}
+
+
+def test_a_plan_that_quantises_nothing_says_why(tmp_path: Path) -> None:
+    tensors = {f"h.{i}.attn.c_attn.weight": random(8, 24) for i in range(3)} | {"wte.weight": random(8, 8)}
+    folder = write_checkpoint(tmp_path / "source", tensors, shards=1)
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(CheckpointError, match=r"nothing to quantise: 3 × Conv1D, stored \[in, out\], 1 × embedding"):
+        plan_of(folder)
 
 
 def test_linear_layers_are_quantised_and_every_other_tensor_has_a_reason(folder: Path) -> None:

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from checkpoints import random
@@ -55,6 +57,43 @@ def test_kernel_sees_weights_that_are_not_finite(bad: float, device: str) -> Non
     weight[21, 170] = bad
     with pytest.raises(NonFiniteError, match="row 21, column 170"):
         kernels.absmax(weight.to(device), Scheme(64), torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("places", [[8500], [8500, 8501], [5, 8500]])
+def test_kernel_sees_bad_weights_in_every_chunk_of_a_long_group(places: list[int], device: str) -> None:
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter stands in for a GPU")
+    weight = random(2, 9000)
+    weight[1, places] = float("nan")
+    with pytest.raises(NonFiniteError, match=f"{len(places)} of 18000 .* row 1, column {places[0]}"):
+        kernels.absmax(weight.to(device), Scheme(-1), torch.bfloat16)
+
+
+def test_all_programs_are_on_the_one_axis_that_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *arguments: None
+
+    monkeypatch.setattr(kernels, "absmax_kernel", Kernel())
+    kernels.absmax(random(3, 8 * 70_000), Scheme(8), torch.bfloat16)
+    assert grids == [(70_000,)]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+def test_more_groups_in_a_row_than_a_second_axis_could_count() -> None:
+    same_as_codec(3, 8 * 70_000, 8, True, torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+def test_kernel_runs_on_the_gpu_that_holds_the_weight() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    same_as_codec(37, 172, 64, True, torch.bfloat16, "cuda:1")
 
 
 @pytest.mark.gpu

@@ -85,6 +85,19 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'), "duplicate key 'a'"),
     "config says quantised": (
         lambda f: add_to_config(f, quantization_config={"quant_method": "gptq"}), r"already quantised \(gptq\)"),
+    "config says quantised by MLX": (
+        lambda f: add_to_config(f, quantization={"group_size": 64, "bits": 4}), r"already quantised \(MLX\)"),
+    "stale shard": (lambda f: save_file({"x": random(2)}, f / "model-00003-of-00003.safetensors"),
+        "holds model-00003-of-00003.safetensors beside the weights of model.safetensors.index.json"),
+    "single file beside an index": (lambda f: save_file({"x": random(2)}, f / "model.safetensors"),
+        "holds model.safetensors beside the weights of model.safetensors.index.json"),
+    "side file is a fifo": (lambda f: os.mkfifo(f / "vocab.txt"), "vocab.txt: is not a regular file"),
+    "side file is a link to nothing": (lambda f: (f / "a.txt").symlink_to("nothing"), "a.txt: cannot be opened"),
+    "side file is a link to itself": (lambda f: (f / "a.txt").symlink_to("a.txt"), "a.txt: cannot be opened"),
+    "side file is a link out of the folder": (lambda f: (f / "a.txt").symlink_to("/etc/hostname"), "outside"),
+    "side file with an undecodable name": (
+        lambda f: (f / os.fsdecode(b"caf\xe9.txt")).write_text(""), "is not printable UTF-8; rename the file"),
+    "subfolder is a link": (lambda f: (f / "sub").symlink_to(f.parent), "sub: is a link to a folder"),
     "config is no json": (lambda f: (f / "config.json").write_text("nope"), "config.json: not valid JSON"),
 }  # fmt: skip
 
@@ -112,6 +125,19 @@ def test_tensors_of_quantised_models_are_refused(name: str, tensor: torch.Tensor
         open_source(str(write_checkpoint(tmp_path / "source", {name: tensor}, shards=1)))
 
 
+def test_packed_matrices_of_mlx_are_refused(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.zeros(8, 1, dtype=torch.uint32), "a.scales": random(8, 2), "a.biases": random(8, 2)}
+    with pytest.raises(CheckpointError, match=r"'a\.weight' .* already quantised"):
+        open_source(str(write_checkpoint(tmp_path / "source", tensors, shards=3)))
+
+
+def test_a_shard_beside_a_single_file_without_an_index_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "source", shards=1)
+    save_file({"x": random(2)}, folder / ONE)
+    with pytest.raises(CheckpointError, match=f"holds {ONE} beside the weights of model.safetensors"):
+        open_source(str(folder))
+
+
 def test_all_missing_shards_are_named_at_once(folder: Path) -> None:
     (folder / ONE).unlink()
     (folder / TWO).unlink()
@@ -119,11 +145,34 @@ def test_all_missing_shards_are_named_at_once(folder: Path) -> None:
         open_source(str(folder))
 
 
-def test_files_beside_the_index_are_not_weights(folder: Path) -> None:
-    save_file({"stale": random(2)}, folder / "consolidated.safetensors")
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "adapter_model.safetensors", "model.fp16.safetensors", "other.safetensors"]
+)
+def test_safetensors_of_other_names_are_left_out(folder: Path, name: str) -> None:
+    save_file({"other": random(2)}, folder / name)
     source = open_source(str(folder))
     assert set(source.shards) == {ONE, TWO}
-    assert "consolidated.safetensors" not in source.side_files
+    assert name not in source.side_files
+
+
+def test_a_name_that_begins_with_a_tilde_is_a_name(folder: Path) -> None:
+    (folder / "~$notes.txt").write_text("x")
+    assert "~$notes.txt" in open_source(str(folder)).side_files
+
+
+def test_safetensors_of_a_subfolder_are_side_files_with_their_index(folder: Path) -> None:
+    (folder / "2_Dense").mkdir()
+    names = ["2_Dense/model.safetensors", "2_Dense/model.safetensors.index.json"]
+    for name in [*names, "2_Dense/pytorch_model.bin"]:
+        (folder / name).write_text("{}")
+    assert [name for name in open_source(str(folder)).side_files if "/" in name] == names
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_subfolder_that_cannot_be_listed_is_refused(folder: Path) -> None:
+    (folder / "sub").mkdir(mode=0)
+    with pytest.raises(CheckpointError, match="sub: cannot be listed"):
+        open_source(str(folder))
 
 
 def test_side_files_are_all_that_is_not_weights(folder: Path) -> None:

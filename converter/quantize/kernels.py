@@ -85,8 +85,8 @@ def absmax_kernel(
     SMALLEST: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS rows of one group, of CHUNKS chunks of WORDS words."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group = tl.program_id(1)
+    row = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(0) % groups
     first = group * width
     chunk = tl.arange(0, WORDS)
     SCALE: tl.constexpr = scale_ptr.dtype.element_ty
@@ -133,11 +133,13 @@ def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantize
     scale = weight.new_empty((rows, groups), dtype=scale_dtype)
     zero = weight.new_empty((rows, groups), dtype=torch.int8)
     bad = weight.new_zeros(1, dtype=torch.int32)
-    absmax_kernel[(ceil_div(rows, tile_rows), groups)](
-        weight, packed, scale, zero, bad,
-        rows, columns, width, words, groups,
-        MIN_SCALE[scale_dtype], scheme.symmetric, tile_rows, chunk_words, ceil_div(group_words, chunk_words),
-    )  # fmt: skip
+    grid = (ceil_div(rows, tile_rows) * groups,)  # one axis: a second ends at 65535
+    with torch.cuda.device_of(weight):  # Triton launches on the current GPU, whichever holds the weight
+        absmax_kernel[grid](
+            weight, packed, scale, zero, bad,
+            rows, columns, width, words, groups,
+            MIN_SCALE[scale_dtype], scheme.symmetric, tile_rows, chunk_words, ceil_div(group_words, chunk_words),
+        )  # fmt: skip
     if bad.item():
         check_finite(weight)
     return Quantized(packed, scale, None if scheme.symmetric else pack_zero_point(zero))

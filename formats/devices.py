@@ -1,0 +1,21 @@
+"""Which device computes."""
+
+import torch
+
+from formats.errors import UsageError
+
+
+def parse_device(name: str | None) -> torch.device:
+    """The device called `name`, or without a name the GPU if there is one, else the CPU.
+
+    Raises `UsageError` for a name that means nothing, and for a device that is not there or holds no numbers.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UsageError(f"device {name!r}: {reason}; use cpu, or a GPU that is there") from None
+    return device
