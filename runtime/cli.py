@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from formats import __version__
-from formats.command import run
+from formats.command import echo, run
+from formats.devices import parse_device
 from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
 from formats.hub import download
 from runtime.evaluate import Evaluation, Measurement, evaluate, windows_of
-from runtime.load import default_device, load, resolve
+from runtime.load import first_line, load, resolve, with_plain_attention
 from runtime.texts import DATASETS, read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,7 +56,9 @@ def command(
     """
     if (text is None) == (dataset is None):
         raise UsageError("give a text: either --text FILE or --dataset NAME")
-    place = default_device(device)
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UsageError(f"--json {json_file}: its folder does not exist; make it first")
+    place = parse_device(device)
     kind = None if dtype is None else DTYPES[dtype]
     folder = resolve(checkpoint)
     model = load(folder, device=place, dtype=kind)
@@ -70,7 +74,7 @@ def command(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
     }
-    click.echo(_table(result, protocol))
+    echo(_table(result, protocol))
     if json_file is not None:
         publish_bytes(json_file, (json.dumps(as_json(result, protocol), indent=2) + "\n").encode())
 
@@ -81,12 +85,14 @@ def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | N
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     folder = Path(reference) if Path(reference).is_dir() else download(reference, ignore=["*.bin", "*.pt", "*.pth"])
+    load_model = partial(
+        transformers.AutoModelForCausalLM.from_pretrained,
+        folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False,
+    )  # fmt: skip
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False
-        )
+        model = with_plain_attention(load_model)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{reference}: transformers cannot load it ({error})") from None
+        raise CheckpointError(f"{reference}: transformers cannot load it ({first_line(error)})") from None
     placed: nn.Module = model.to(device).eval()
     return placed
 
@@ -97,7 +103,7 @@ def _tokenize(folder: Path, text: str) -> Tensor:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer ({error})") from None
+        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer ({first_line(error)})") from None
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

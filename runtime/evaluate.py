@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from formats.errors import UsageError
+from formats.errors import CheckpointError, UsageError
 
+MAX_LOSS = 700.0  # exp of it is about the largest float
 CHUNK_TOKENS = 1024  # log-probabilities in fp32 at a time: a vocabulary is large
 
 
@@ -52,8 +53,10 @@ def windows_of(tokens: Tensor, seq_len: int, max_windows: int | None = None) -> 
 
     Raises `UsageError` when the text has not one whole window.
     """
+    if seq_len < 2:
+        raise UsageError(f"--seq-len {seq_len}: a window needs two tokens, one to predict the other from")
     count = tokens.numel() // seq_len
-    if count == 0 or seq_len < 2:
+    if count == 0:
         raise UsageError(f"the text has {tokens.numel()} tokens, too few for a window of {seq_len}; lower --seq-len")
     count = min(count, max_windows or count)
     return tokens[: count * seq_len].view(count, seq_len)
@@ -95,8 +98,12 @@ class _Runner:
         self._seconds, self._seen = 0.0, 0
 
     def measurement(self) -> Measurement:
+        """The account so far; raises `CheckpointError` for a model whose predictions are no numbers."""
+        loss = self.nll / self.tokens
+        if not loss < MAX_LOSS:
+            raise CheckpointError(f"the model predicts nothing: its mean loss is {loss}; are its weights damaged?")
         return Measurement(
-            math.exp(self.nll / self.tokens),
+            math.exp(loss),
             self.tokens,
             self._seen / self._seconds,
             self.weight_bytes,
@@ -129,11 +136,16 @@ def evaluate(
         batch = rows.to(device)
         logits = runner.forward(batch)
         expected = None if other is None else other.forward(batch)
+        if expected is not None and expected.shape[-1] != logits.shape[-1]:
+            raise UsageError(
+                f"the reference has a vocabulary of {expected.shape[-1]}, the model one of {logits.shape[-1]}; "
+                "compare with the model that it was made from"
+            )
         for q, p, target in _chunks(logits, expected, batch):
             _account(runner, q, target)
             if p is not None and other is not None:
                 _account(other, p, target)
-                divergences.append((p.exp() * (p - q)).sum(-1).cpu())
+                divergences.append(_kl_divergence(p, q).cpu())
                 same += int((p.argmax(-1) == q.argmax(-1)).sum())
         progress(len(rows))
     if other is None:
@@ -151,6 +163,11 @@ def _chunks(logits: Tensor, expected: Tensor | None, batch: Tensor) -> Iterator[
         q, p = (None if x is None else x[part].float().log_softmax(-1) for x in flat)
         if q is not None:
             yield q, p, targets[part]
+
+
+def _kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities [C, V] → [C]; what p excludes (−∞) counts nothing."""
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1)
 
 
 def _account(runner: _Runner, log_probabilities: Tensor, targets: Tensor) -> None:

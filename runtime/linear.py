@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from formats.codec import Quantized, dequantize, quantize
 from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme, stored_tensors
 from formats.tensors import TORCH_DTYPES, spec_of
-from runtime.ops import int4_linear
+from runtime.ops import int4_linear, on_hopper
 
 
 class Int4Linear(nn.Module):
     """y = x · Ŵᵀ + bias with Ŵ [N, K] = (code − zero) · scale; `state_dict` holds exactly what the format stores.
 
     `dtype` is that of the source weight and the bias; x may be fp16 or bf16 (fp32 too, by way of the dequantised
-    weight), with any leading dimensions. The weight is not trainable.
+    weight), with any leading dimensions. The weight is not trainable, and no gradient flows through the layer.
+
+    On a GPU whose kernels want another order of the same bits, `arrange` puts `weight_packed` and `weight_scale` into
+    it; loading, `quantize_` and moving to a device do so by themselves.
     """
 
     weight_packed: Tensor
@@ -37,6 +40,7 @@ class Int4Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
+        self.weight_dtype = dtype
         weight = torch.empty(out_features, in_features, dtype=dtype, device="meta")
         stored = stored_tensors("weight", spec_of(weight), scheme)
         for suffix in (PACKED, SCALE, ZERO_POINT):
@@ -57,19 +61,55 @@ class Int4Linear(nn.Module):
         layer.weight_packed, layer.weight_scale = quantized.packed, quantized.scale
         layer.weight_zero_point = quantized.zero_point
         layer.bias = linear.bias
+        layer.arrange()
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] → [..., N] in the type of x."""
+        """x [..., K] → [..., N] in the type of x; raises `ValueError` for another number of columns."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has {x.shape[-1]} columns, the layer takes {self.in_features}")
         y: Tensor = int4_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.group_size
         )
         return y
 
+    @property
+    def arranged(self) -> bool:
+        """Whether the weight is in the order of the GPU's kernels."""
+        return self.weight_packed.dim() == 3
+
+    @property
+    def quantized(self) -> Quantized:
+        """The weight in the format's tensors, whatever order it is in."""
+        if not self.arranged:
+            return Quantized(self.weight_packed, self.weight_scale, self.weight_zero_point)
+        from runtime.repack import restore
+
+        return restore(self.weight_packed, self.weight_scale, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ [N, K] in the type of the source, made anew each time: for models that look at the weight itself."""
+        return self.dequantize(self.weight_dtype)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ [N, K] as `dtype`."""
-        quantized = Quantized(self.weight_packed, self.weight_scale, self.weight_zero_point)
-        return dequantize(quantized, self.in_features, self.scheme, dtype)
+        return dequantize(self.quantized, self.in_features, self.scheme, dtype)
+
+    def arrange(self) -> None:
+        """Put the weight into the order of the kernels of its GPU, if they want one of their own."""
+        scale = self.weight_scale
+        if not self.arranged and on_hopper(scale.device):
+            from runtime.kernels.hopper import takes
+            from runtime.repack import arrange
+
+            if takes(self.out_features, self.in_features, self.scheme, scale.dtype):
+                self.weight_packed, self.weight_scale = arrange(self.quantized)
+
+    def restore(self) -> None:
+        """Put the weight back into the order of the format."""
+        quantized = self.quantized
+        self.weight_packed, self.weight_scale = quantized.packed, quantized.scale
 
     def extra_repr(self) -> str:
         """Sizes and scheme, for print(model)."""
@@ -80,9 +120,23 @@ class Int4Linear(nn.Module):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Int4Linear":
-        # model.half() must not round the scales: codes were computed from them as stored.
+        self.restore()
         scale = self.weight_scale
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != scale.dtype:
+        if self.weight_scale.dtype != scale.dtype:  # model.half(): codes were computed from the scales as stored
             self.weight_scale = scale.to(self.weight_scale.device)
+        self.arrange()
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.arranged:
+            quantized = self.quantized
+            destination[prefix + "weight_packed"] = quantized.packed
+            destination[prefix + "weight_scale"] = quantized.scale
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.arrange()

@@ -1,8 +1,10 @@
 """From a checkpoint folder to a running module: build it on meta, swap in int4 layers, stream the tensors in."""
 
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from formats.checkpoint import Checkpoint
+from formats.devices import parse_device
 from formats.errors import CheckpointError, UsageError
 from formats.hub import download
-from formats.layout import Scheme
+from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme
+from formats.manifest import Manifest, TensorRecord
 from formats.selection import WEIGHT
-from formats.tensors import TORCH_DTYPES, tensor_from
+from formats.tensors import TORCH_DTYPES, spec_of, tensor_from
 from runtime.linear import Int4Linear
 
 ROTARY_TABLE = r"rotary_emb\.inv_freq$"  # old checkpoints hold it; models compute it
@@ -36,9 +40,9 @@ def load(
     """
     folder = resolve(folder_or_hub_id, revision)
     checkpoint = Checkpoint(folder)
-    model: nn.Module = build(folder, dtype)
+    model: nn.Module = build(folder, dtype, stored=_stored_dtype(checkpoint.manifest))
     ignore = [ROTARY_TABLE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    fill(model, checkpoint, device=default_device(device), dtype=dtype, verify=verify, ignore=ignore)
+    fill(model, checkpoint, device=_device(device), dtype=dtype, verify=verify, ignore=ignore)
     return model
 
 
@@ -53,9 +57,10 @@ def load_into(
     """Fill any `module`, on meta or not, from an int4 checkpoint folder; its quantised linears become `Int4Linear`.
 
     Needs torch (and Triton for speed) alone. Parameters on meta go to `device`. Raises `CheckpointError` unless module
-    and checkpoint name exactly the same tensors; after an error the module is not fit for use.
+    and checkpoint name exactly the same tensors, with nothing changed; after an error in the bytes of the checkpoint
+    the module is not fit for use.
     """
-    fill(module, Checkpoint(Path(folder)), device=default_device(device), dtype=dtype, verify=verify)
+    fill(module, Checkpoint(Path(folder)), device=_device(device), dtype=dtype, verify=verify)
     return module
 
 
@@ -67,13 +72,21 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     return download(str(folder_or_hub_id), revision)
 
 
-def default_device(device: torch.device | str | None) -> torch.device:
-    """`device`, or the GPU if there is one, else the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _device(device: torch.device | str | None) -> torch.device:
+    return parse_device(None if device is None else str(device))
 
 
-def build(folder: Path, dtype: torch.dtype | None) -> Any:
-    """The transformers model of `folder`, in evaluation mode, its parameters on meta; no code of the folder is run."""
+def _stored_dtype(manifest: Manifest) -> torch.dtype:
+    """The type of the first floating-point tensor of the source."""
+    kinds = (TORCH_DTYPES[row.dtype] for row in manifest.tensors)
+    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+
+
+def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype) -> Any:
+    """The transformers model of `folder`, in evaluation mode, its parameters on meta; no code of the folder is run.
+
+    Its type is `dtype`, or else that of its configuration, or else `stored`.
+    """
     try:
         import transformers
     except ImportError:
@@ -83,33 +96,61 @@ def build(folder: Path, dtype: torch.dtype | None) -> Any:
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot read its config.json ({_first_line(error)})") from None
-    name = (getattr(config, "architectures", None) or ["AutoModelForCausalLM"])[0]
-    architecture: Any = getattr(transformers, name, None)
-    known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
-    if not known:
-        raise CheckpointError(f"{folder}: config.json names the architecture {name!r}, which this transformers lacks")
-    with parameters_on_meta():
-        model = architecture._from_config(config, dtype=dtype or getattr(config, "dtype", None))
-    if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        kind = dtype or getattr(config, "dtype", None) or stored
+        model = with_plain_attention(partial(_build, _architecture(config), config, kind))
+        if (folder / "generation_config.json").is_file() and model.can_generate():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
+        raise CheckpointError(f"{folder}: transformers cannot build the model ({first_line(error)})") from None
     return model.eval()
 
 
+def with_plain_attention(make: Callable[..., Any]) -> Any:
+    """`make` a model with torch's own attention: a configuration could name a kernel to be fetched from the Hub."""
+    try:
+        return make(attn_implementation="sdpa")
+    except ValueError:  # the model has none of that kind
+        return make(attn_implementation="eager")
+
+
+def _architecture(config: Any) -> Any:
+    """The class of transformers that the configuration names, or its causal language model."""
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    if not names:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    architecture = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
+    known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+    if not known:
+        raise ValueError(f"this transformers has no architecture {names!r}")
+    return architecture
+
+
+def _build(architecture: Any, config: Any, dtype: torch.dtype, attn_implementation: str) -> Any:
+    with parameters_on_meta(dtype):
+        # In fp32, so that tables are computed as from_pretrained computes them; parameters take `dtype`.
+        model = architecture._from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    model.config.dtype = dtype
+    return model
+
+
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters land on meta as modules register them, while buffers are computed for real.
+def parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, parameters land on meta in `dtype` as this thread registers them, while buffers are computed for real.
 
     So tables such as rotary frequencies, which no checkpoint holds, are right without knowing any of them (the method
     is that of accelerate's init_empty_weights).
     """
     register = nn.Module.register_parameter
+    thread = threading.get_ident()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
-        if param is not None and not param.is_meta:
-            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        if param is not None and not param.is_meta and threading.get_ident() == thread:
+            kind = dtype if param.is_floating_point() else param.dtype
+            empty = torch.empty_like(param, dtype=kind, device="meta")
+            self._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
@@ -127,44 +168,61 @@ def fill(
     verify: bool,
     ignore: Iterable[str] = (),
 ) -> None:
-    """Swap and fill `module` in place; tensors that match a regular expression of `ignore` are read but not used."""
+    """Fill `module` in place; what matches a regular expression of `ignore`, and the module lacks, is not used.
+
+    Nothing is changed before names, types and shapes are known to fit.
+    """
     scheme, where = checkpoint.manifest.recipe.scheme, checkpoint.folder
-    ignored = [re.compile(pattern) for pattern in ignore]
-    used: set[str] = set()
-    for row in checkpoint.manifest.tensors:
-        if any(pattern.search(row.name) for pattern in ignored):
-            continue
-        if row.quantized:
-            _swap(module, row.name.removesuffix(WEIGHT), row.shape, TORCH_DTYPES[row.dtype], scheme, where)
-        used |= row.stored(scheme).keys()
+    rows = _used_rows(module, checkpoint.manifest, ignore)
     tied = _tied_names(module)
+    for row in rows:
+        if row.quantized:
+            _check_linear(module, row, scheme, where)
+            _untie(tied, row.name)
+            for name in row.stored(scheme):
+                tied[name] = {name}
+    used = {name for row in rows for name in row.stored(scheme)}
     _compare(used, tied, where)
     _refuse_meta_tables(module, tied, where)
+    layers = [_swap(module, row, scheme) for row in rows if row.quantized]
     for name, spec, data in checkpoint.stream(verify):
         if name in used:
             # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
             names = tied[name] - (used - {name})
             _assign(module, names, tensor_from(data, spec), device, dtype, where)
     module.to(device)
+    for layer in layers:
+        layer.arrange()
 
 
-def _swap(
-    module: nn.Module, path: str, shape: tuple[int, ...], dtype: torch.dtype, scheme: Scheme, where: Path
-) -> None:
+def _used_rows(module: nn.Module, manifest: Manifest, ignore: Iterable[str]) -> list[TensorRecord]:
+    held = module.state_dict(keep_vars=True).keys()
+    ignored = [re.compile(pattern) for pattern in ignore]
+    return [row for row in manifest.tensors if row.name in held or not any(p.search(row.name) for p in ignored)]
+
+
+def _check_linear(module: nn.Module, row: TensorRecord, scheme: Scheme, where: Path) -> None:
+    """The module must have a linear layer of the row's shape in its place, or an int4 one from an earlier load."""
+    path = row.name.removesuffix(WEIGHT)
     try:
-        old = module.get_submodule(path)
+        found = module.get_submodule(path)
     except AttributeError:
-        raise CheckpointError(
-            f"{where}: holds {path!r}, which {type(module).__name__} lacks; is it the same model?"
-        ) from None
-    if isinstance(old, Int4Linear) and old.scheme == scheme and (old.out_features, old.in_features) == shape:
-        return
-    if not isinstance(old, nn.Linear) or tuple(old.weight.shape) != shape:
-        found = f"{type(old).__name__} {list(getattr(getattr(old, 'weight', None), 'shape', []))}"
-        raise CheckpointError(f"{where}: {path!r} is an int4 matrix {list(shape)}, the model has a {found} there")
-    new = Int4Linear(shape[1], shape[0], scheme, bias=False, dtype=dtype, device="meta")
+        model = type(module).__name__
+        raise CheckpointError(f"{where}: holds {path!r}, which {model} lacks; is it the same model?") from None
+    sizes = [getattr(found, name, 0) for name in ("out_features", "in_features")]
+    if not isinstance(found, nn.Linear | Int4Linear) or sizes != list(row.shape):
+        kind = f"{type(found).__name__} {sizes}"
+        raise CheckpointError(f"{where}: {path!r} is an int4 matrix {list(row.shape)}, the model has a {kind} there")
+
+
+def _swap(module: nn.Module, row: TensorRecord, scheme: Scheme) -> Int4Linear:
+    path = row.name.removesuffix(WEIGHT)
+    old: Any = module.get_submodule(path)
+    rows, columns = row.shape
+    new = Int4Linear(columns, rows, scheme, bias=False, dtype=TORCH_DTYPES[row.dtype], device="meta")
     new.bias = old.bias
     module.set_submodule(path, new.train(old.training))
+    return new
 
 
 def _tied_names(module: nn.Module) -> dict[str, set[str]]:
@@ -174,6 +232,12 @@ def _tied_names(module: nn.Module) -> dict[str, set[str]]:
     for name, tensor in stored.items():
         same.setdefault(id(tensor), set()).add(name)
     return {name: same[id(tensor)] for name, tensor in stored.items()}
+
+
+def _untie(tied: dict[str, set[str]], weight: str) -> None:
+    """Take `weight`, or the int4 tensors that already stand for it, out of `tied`."""
+    for name in (weight, weight + PACKED, weight + SCALE, weight + ZERO_POINT):
+        tied.pop(name, set()).discard(name)
 
 
 def _compare(used: set[str], tied: dict[str, set[str]], where: Path) -> None:
@@ -202,9 +266,9 @@ def _assign(
         owner = module.get_submodule(path)
         place: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         old = place[leaf]
-        if old is None or old.shape != tensor.shape:
-            found = None if old is None else list(old.shape)
-            raise CheckpointError(f"{where}: {name!r} is {list(tensor.shape)}, the model expects {found}")
+        if old.shape != tensor.shape or old.is_floating_point() != tensor.is_floating_point():
+            found, expected = spec_of(tensor), spec_of(old)
+            raise CheckpointError(f"{where}: {name!r} is {found}, the model expects {expected}")
         if value is None:
             fixed = isinstance(owner, Int4Linear) and place is owner._buffers
             kind = tensor.dtype if fixed or not tensor.is_floating_point() else dtype or old.dtype
@@ -218,5 +282,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def first_line(error: Exception) -> str:
+    """The type and the first line of the text of `error`."""
+    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:300]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from formats.errors import UsageError
+from formats.errors import CheckpointError, UsageError
 from runtime.evaluate import evaluate, weight_bytes, windows_of
 
 VOCABULARY, WINDOWS, LENGTH = 11, 5, 8
@@ -37,6 +37,36 @@ def test_windows_do_not_overlap_and_the_tail_is_dropped() -> None:
 def test_a_text_shorter_than_a_window_is_refused() -> None:
     with pytest.raises(UsageError, match="10 tokens, too few for a window of 11"):
         windows_of(torch.arange(10), 11)
+
+
+@pytest.mark.parametrize("seq_len", [0, 1])
+def test_a_window_needs_two_tokens(seq_len: int) -> None:
+    with pytest.raises(UsageError, match="needs two tokens"):
+        windows_of(torch.arange(10), seq_len)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), 1e6])
+def test_a_model_without_sense_is_refused(windows: Tensor, bad: float) -> None:
+    model = Bigram(1)
+    model.table[:, 0] = bad
+    with pytest.raises(CheckpointError, match="predicts nothing"):
+        evaluate(model, windows)
+
+
+def test_what_both_exclude_adds_no_divergence(windows: Tensor) -> None:
+    model, reference = Bigram(1), Bigram(1)
+    for one in (model, reference):
+        one.table[:, VOCABULARY - 1] = -float("inf")
+    result = evaluate(model, windows % (VOCABULARY - 1), reference=reference)
+    assert result.kld is not None
+    assert result.kld.mean == pytest.approx(0, abs=1e-6)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(windows: Tensor) -> None:
+    reference = Bigram(2)
+    reference.table = nn.Parameter(reference.table[:, :-1].clone(), requires_grad=False)
+    with pytest.raises(UsageError, match="vocabulary of 10, the model one of 11"):
+        evaluate(Bigram(1), windows % 10, reference=reference)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])

@@ -80,6 +80,25 @@ def test_the_operator_is_well_formed(symmetric: bool) -> None:
     torch.library.opcheck(torch.ops.int4.linear.default, arguments)
 
 
+@pytest.mark.parametrize("columns", [164, 170, 176, 256])
+def test_another_number_of_columns_is_refused(columns: int) -> None:
+    with pytest.raises(ValueError, match=f"x has {columns} columns, the layer takes 172"):
+        Int4Linear.from_linear(linear(), Scheme(64))(random(2, columns, dtype=torch.float32))
+
+
+def test_the_weight_can_be_looked_at_in_the_type_of_its_source() -> None:
+    int4 = Int4Linear.from_linear(linear(bias=False, dtype=torch.bfloat16), Scheme(64))
+    assert torch.equal(int4.weight, int4.dequantize(torch.bfloat16))
+    assert int4.half().weight.dtype == torch.float16
+
+
+def test_torchs_own_attention_runs_with_int4_layers() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval().requires_grad_(False)
+    x = random(2, 5, 32, dtype=torch.float32)
+    expected = layer(x)
+    assert (quantize_(layer, group_size=32)(x) - expected).norm() < 0.2 * expected.norm()
+
+
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -144,3 +163,35 @@ def test_a_cuda_graph_takes_the_compiled_layer(tokens: int) -> None:
     for seed in range(4):
         x = random(tokens, 512, seed=seed).cuda()
         assert torch.equal(compiled(x), int4(x))
+
+
+@pytest.mark.gpu
+def test_a_layer_works_on_a_gpu_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    int4 = Int4Linear.from_linear(linear(256, 512, dtype=torch.bfloat16), Scheme(128))
+    x = random(40, 512)
+    for tokens in (1, 40):
+        expected = int4.to("cuda:0")(x[:tokens].to("cuda:0")).cpu()
+        assert torch.equal(int4.to("cuda:1")(x[:tokens].to("cuda:1")).cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_an_arranged_layer_still_gives_the_formats_state_dict() -> None:
+    int4 = Int4Linear.from_linear(linear(256, 512, dtype=torch.bfloat16), Scheme(128))
+    expected = {name: tensor.clone() for name, tensor in int4.state_dict().items()}
+    moved = int4.cuda()
+    assert all(torch.equal(tensor.cpu(), expected[name]) for name, tensor in moved.state_dict().items())
+    moved.load_state_dict(expected)
+    back = moved.cpu()
+    assert not back.arranged
+    assert torch.equal(back.weight_packed, expected["weight_packed"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_arranged_layer_takes_other_types_too(dtype: torch.dtype) -> None:
+    int4 = Int4Linear.from_linear(linear(256, 512, dtype=torch.bfloat16), Scheme(128)).cuda()
+    x = random(20, 512, dtype=dtype).cuda()
+    expected = x.double() @ int4.dequantize(torch.float64).T + int4.bias.double()
+    assert (int4(x).double() - expected).norm() < 2e-3 * expected.norm()

@@ -1,5 +1,6 @@
 """int4 × fp16/bf16 for many tokens: one tensor-core tile of the output a program."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,9 +42,10 @@ def matmul(x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme)
     rows = quantized.packed.shape[0]
     y = x.new_empty(tokens, rows)
     block_m = min(MAX_BLOCK_M, max(16, triton.next_power_of_2(tokens)))
-    matmul_kernel[(ceil_div(rows, BLOCK_N) * ceil_div(tokens, block_m),)](
-        x, y, x if bias is None else bias, tokens, *weight,
-        HAS_BIAS=bias is not None, BLOCK_N=BLOCK_N, BLOCK_M=block_m, **constants,
-        num_warps=8 if block_m == MAX_BLOCK_M else 4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        matmul_kernel[(ceil_div(rows, BLOCK_N) * ceil_div(tokens, block_m),)](
+            x, y, x if bias is None else bias, tokens, *weight,
+            HAS_BIAS=bias is not None, BLOCK_N=BLOCK_N, BLOCK_M=block_m, **constants,
+            num_warps=8 if block_m == MAX_BLOCK_M else 4,
+        )  # fmt: skip
     return y

@@ -62,13 +62,15 @@ def splitk(x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme)
     )
     splits = ceil_div(ceil_div(columns, constants["BLOCK_K"]), steps)
     partial = x.new_empty((splits, tokens, rows), dtype=torch.float32)
-    splitk_kernel[(ceil_div(rows, BLOCK_N), splits, ceil_div(tokens, BLOCK_M))](
-        x, partial, tokens, steps, *weight, BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, **constants
-    )
     y = x.new_empty(tokens, rows)
-    reduce_kernel[(ceil_div(y.numel(), BLOCK_REDUCE),)](
-        partial, y, x if bias is None else bias, y.numel(), rows, splits, HAS_BIAS=bias is not None, BLOCK=BLOCK_REDUCE
-    )
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        splitk_kernel[(ceil_div(rows, BLOCK_N), splits, ceil_div(tokens, BLOCK_M))](
+            x, partial, tokens, steps, *weight, BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, **constants
+        )
+        reduce_kernel[(ceil_div(y.numel(), BLOCK_REDUCE),)](
+            partial, y, x if bias is None else bias, y.numel(), rows, splits,
+            HAS_BIAS=bias is not None, BLOCK=BLOCK_REDUCE,
+        )  # fmt: skip
     return y
 
 

@@ -12,6 +12,7 @@ from products import operands, relative_error
 from timing import copies_for, graph_time
 
 from formats.layout import Scheme
+from runtime.linear import Int4Linear
 from runtime.ops import int4_linear
 
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
@@ -39,9 +40,13 @@ def main(tokens: str, group_size: int) -> None:
 def measure(tokens: int, rows: int, columns: int, scheme: Scheme) -> tuple[float, float, float]:
     """Relative error, microseconds of the int4 linear and of torch's product in bf16."""
     x, quantized, _ = operands(tokens, rows, columns, scheme, torch.bfloat16, "cuda")
-    int4 = partial(int4_linear, x, scale=quantized.scale, zero_point=None, bias=None, group_size=scheme.group_size)
-    error = relative_error(int4(packed=quantized.packed), x, quantized, None, scheme)
-    packed = [quantized.packed.clone() for _ in range(copies_for(quantized.packed.nbytes))]
+    layer = Int4Linear(columns, rows, scheme, bias=False, device="meta")
+    layer.weight_packed, layer.weight_scale = quantized.packed, quantized.scale
+    layer.arrange()
+    scale, group = layer.weight_scale, scheme.group_size
+    int4 = partial(int4_linear, x, scale=scale, zero_point=None, bias=None, group_size=group)
+    error = relative_error(int4(packed=layer.weight_packed), x, quantized, None, scheme)
+    packed = [layer.weight_packed.clone() for _ in range(copies_for(layer.weight_packed.nbytes))]
     weights = [torch.randn(rows, columns, device="cuda").bfloat16().T for _ in range(copies_for(2 * rows * columns))]
     return (
         error,

@@ -1,0 +1,148 @@
+from typing import Any
+
+import pytest
+import torch
+from products import TOLERANCE, operands, relative_error
+
+from formats.layout import Scheme
+
+pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
+
+from runtime.kernels import hopper
+from runtime.repack import arrange
+
+hopper_only = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+DTYPES = [torch.bfloat16, torch.float16]
+SCHEMES = [Scheme(-1), Scheme(64), Scheme(128), Scheme(256)]
+SHAPES = [(8, 8), (24, 200), (136, 1032), (2048, 2048), (1000, 4096)]
+
+
+def check(
+    tokens: int,
+    rows: int,
+    columns: int,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    kernel: str,
+    options: dict[str, Any],
+    bias: bool,
+) -> None:
+    x, quantized, b = operands(tokens, rows, columns, scheme, dtype, "cuda")
+    words, scale = arrange(quantized)
+    group = hopper.ONE_GROUP if scheme.groups(columns) == 1 else scheme.group_size
+    y = hopper.KERNELS[kernel](x, words, scale, b if bias else None, group, **options)
+    assert relative_error(y, x, quantized, b if bias else None, scheme) <= TOLERANCE[dtype]
+
+
+DECODE = [
+    {"rows": r, "warps": w, "buffers": b} for r, w, b in [(16, 4, 2), (16, 16, 3), (32, 8, 3), (64, 4, 3), (64, 8, 2)]
+]
+BATCH = [
+    {"tokens": t, "warps": w, "splits": s, "raster": 8, "buffers": 5}
+    for t, w, s in [(32, 4, 1), (64, 8, 2), (128, 4, 1), (128, 8, 1), (16, 4, 1)]
+]
+PREFILL = [{"tokens": t, "splits": s, "raster": 4, "buffers": b} for t, s, b in [(256, 1, 3), (128, 1, 6), (256, 2, 3)]]
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", DECODE, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_decode_agrees_with_the_codec(rows: int, columns: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    for tokens, scheme in zip((1, 3, 8, 9, 16), [*SCHEMES, Scheme(128)], strict=True):
+        check(tokens, rows, columns, scheme, dtype, "decode", options, bias=tokens % 2 == 1)
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", BATCH, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_batch_agrees_with_the_codec(rows: int, columns: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    options = {**options, "splits": min(options["splits"], max(1, columns // 64))}
+    for tokens, scheme in zip((1, 17, 100, 129), SCHEMES, strict=True):
+        check(tokens, rows, columns, scheme, dtype, "batch", options, bias=tokens % 2 == 1)
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", PREFILL, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_prefill_agrees_with_the_codec(rows: int, columns: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    options = {**options, "splits": min(options["splits"], max(1, columns // 64))}
+    for tokens, scheme in zip((1, 100, 300, 1025), SCHEMES, strict=True):
+        check(tokens, rows, columns, scheme, dtype, "prefill", options, bias=tokens % 2 == 1)
+
+
+@pytest.mark.gpu
+@hopper_only
+def test_prefill_splits_only_what_follows_whole_waves() -> None:
+    options = {"tokens": 256, "splits": 3, "raster": 4, "buffers": 3}
+    check(512, 128 * 100, 1024, Scheme(128), torch.bfloat16, "prefill", options, bias=True)
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("tokens", [1, 16, 100, 700])
+def test_every_run_gives_the_same_bits(tokens: int) -> None:
+    x, quantized, _ = operands(tokens, 4096, 8192, Scheme(128), torch.bfloat16, "cuda")
+    words, scale = arrange(quantized)
+    first = hopper.hopper_product(x, words, scale, None, Scheme(128))
+    assert all(torch.equal(first, hopper.hopper_product(x, words, scale, None, Scheme(128))) for _ in range(20))
+
+
+@pytest.mark.gpu
+@hopper_only
+def test_a_chain_of_calls_waits_for_its_inputs() -> None:
+    # Programmatic dependent launch: a kernel starts before the one that makes its input has ended.
+    x, quantized, _ = operands(4, 2048, 2048, Scheme(128), torch.bfloat16, "cuda")
+    words, scale = arrange(quantized)
+    expected = x
+    for _ in range(6):
+        expected = hopper.hopper_product(expected, words, scale, None, Scheme(128))
+        expected = expected / expected.norm()
+        torch.cuda.synchronize()
+    found = x
+    for _ in range(6):
+        found = hopper.hopper_product(found, words, scale, None, Scheme(128))
+        found = found / found.norm()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "scheme", "dtype"),
+    [
+        (8, 12, Scheme(-1), torch.bfloat16),
+        (9, 64, Scheme(-1), torch.bfloat16),
+        (64, 256, Scheme(32), torch.bfloat16),
+        (64, 256, Scheme(64, symmetric=False), torch.bfloat16),
+        (64, 256, Scheme(64), torch.float32),
+    ],
+)
+def test_the_hopper_kernels_take_only_what_they_can(
+    rows: int, columns: int, scheme: Scheme, dtype: torch.dtype
+) -> None:
+    assert not hopper.takes(rows, columns, scheme, dtype)
+    assert hopper.takes(64, 256, Scheme(64), torch.bfloat16)
+
+
+def test_the_choice_is_the_entry_of_the_nearest_shape() -> None:
+    entry = next(entry for entry in hopper.table() if (entry.tokens, entry.rows, entry.columns) == (16, 4096, 14336))
+    assert hopper.choose(9, 4096, 14336) == (entry.kernel, entry.options)
+    assert hopper.choose(16, 5000, 12000) == (entry.kernel, entry.options)
+
+
+def test_every_size_has_a_choice_that_the_kernels_take() -> None:
+    for tokens in (1, 8, 9, 16, 17, 65, 129, 513, 3000):
+        for rows, columns in [(8, 8), (64, 64), (2048, 2048), (128256, 4096)]:
+            kernel, options = hopper.choose(tokens, rows, columns)
+            assert kernel in hopper.KERNELS
+            assert options.get("splits", 1) <= max(1, columns // 64)
+            assert (kernel == "decode") <= (tokens <= 16)
