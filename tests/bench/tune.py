@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 import torch
-from linear import MAX_ERROR, SHAPES
+from matmul import MAX_ERROR, SHAPES
 from products import operands, relative_error
 from timing import copies_for, graph_time
 

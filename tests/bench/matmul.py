@@ -1,0 +1,75 @@
+"""Speed of the int4 linear against torch's bf16 product, checked in the same process before it is printed.
+
+Run: PYTHONPATH=.:tests:tests/bench python tests/bench/matmul.py [--tokens 1,16] [--group-sizes 128] [--json FILE]
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from products import operands, relative_error
+from timing import copies_for, graph_time
+
+from formats.layout import Scheme
+from runtime.kernels.hopper import choose
+from runtime.linear import Int4Linear
+from runtime.ops import int4_linear
+
+SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
+MAX_ERROR = 3e-3
+
+
+@click.command(help=__doc__)
+@click.option("--tokens", default="1,16,64,128,512,2048")
+@click.option("--group-sizes", default="128,256")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to this file too.")
+def main(tokens: str, group_sizes: str, json_file: Path | None) -> None:
+    """Print a row a shape and number of tokens; exit with 1 if a result is wrong."""
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16")
+    print(
+        f"{'N x K':>13} {'G':>4} {'M':>5} {'bf16 us':>9} {'int4 us':>9} {'speedup':>8} {'TFLOP/s':>8} {'GB/s':>7} {'error':>9}"
+    )
+    rows = []
+    for n, k in SHAPES:
+        for group in map(int, group_sizes.split(",")):
+            for m in map(int, tokens.split(",")):
+                row = measure(m, n, k, Scheme(group))
+                rows.append(row)
+                rate = 2e-6 * m * n * k / row["us"]
+                bandwidth = (n * k / 2 + 2 * n * k / group + 2 * m * (n + k)) / row["us"] / 1e3
+                speed = f"{row['ratio']:8.2f}" if row["rel_error"] <= MAX_ERROR else "   WRONG"
+                print(
+                    f"{n:>6}x{k:<6} {group:>4} {m:>5} {row['cublas_us']:>9.1f} {row['us']:>9.1f} {speed} "
+                    f"{rate:>8.0f} {bandwidth:>7.0f} {row['rel_error']:>9.2e}",
+                    flush=True,
+                )
+    if json_file is not None:
+        json_file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    sys.exit(not all(row["rel_error"] <= MAX_ERROR for row in rows))
+
+
+def measure(m: int, n: int, k: int, scheme: Scheme) -> dict[str, Any]:
+    """Microseconds of the int4 linear and of torch's product in bf16, and the relative error, of one size."""
+    x, quantized, _ = operands(m, n, k, scheme, torch.bfloat16, "cuda")
+    layer = Int4Linear(k, n, scheme, bias=False, device="meta")
+    layer.weight_packed, layer.weight_scale = quantized.packed, quantized.scale
+    layer.arrange()
+    int4 = partial(int4_linear, x, scale=layer.weight_scale, zero_point=None, bias=None, group_size=scheme.group_size)
+    error = relative_error(int4(packed=layer.weight_packed), x, quantized, None, scheme)
+    packed = [layer.weight_packed.clone() for _ in range(copies_for(layer.weight_packed.nbytes))]
+    weights = [torch.randn(n, k, device="cuda").bfloat16().T for _ in range(copies_for(2 * n * k))]
+    us = graph_time([partial(int4, packed=copy) for copy in packed])
+    cublas_us = graph_time([partial(torch.matmul, x, weight) for weight in weights])
+    return {
+        "n": n, "k": k, "m": m, "group": scheme.group_size, "activations": "bf16", "us": round(us, 2),
+        "cublas_us": round(cublas_us, 2), "ratio": round(cublas_us / us, 3), "rel_error": error,
+        "kernel": choose(m, n, k)[0] if layer.arranged else "portable",
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
