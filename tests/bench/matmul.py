@@ -30,9 +30,18 @@ MAX_ERROR = 3e-3
 def main(tokens: str, group_sizes: str, json_file: Path | None) -> None:
     """Print a row a shape and number of tokens; exit with 1 if a result is wrong."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16")
-    print(
-        f"{'N x K':>13} {'G':>4} {'M':>5} {'bf16 us':>9} {'int4 us':>9} {'speedup':>8} {'TFLOP/s':>8} {'GB/s':>7} {'error':>9}"
-    )
+    columns = {
+        "N x K": 13,
+        "G": 4,
+        "M": 5,
+        "bf16 us": 9,
+        "int4 us": 9,
+        "speedup": 8,
+        "TFLOP/s": 8,
+        "GB/s": 7,
+        "error": 9,
+    }
+    print(" ".join(f"{title:>{width}}" for title, width in columns.items()))
     rows = []
     for n, k in SHAPES:
         for group in map(int, group_sizes.split(",")):
