@@ -68,10 +68,9 @@ class Int4Linear(nn.Module):
         """x [..., K] → [..., N] in the type of x; raises `ValueError` for another number of columns."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has {x.shape[-1]} columns, the layer takes {self.in_features}")
-        y: Tensor = int4_linear(
+        return int4_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.group_size
         )
-        return y
 
     @property
     def arranged(self) -> bool:

@@ -1,5 +1,6 @@
 """The operator `int4::linear`, which torch.compile and CUDA graphs take whole, and the choice of its kernel."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -14,8 +15,15 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 SPLIT_K_BELOW = 16  # tokens; fewer leave most of the GPU idle unless K is shared out
 
 
-@torch.library.custom_op("int4::linear", mutates_args=())
-def int4_linear(
+# By schema: a decorated custom_op costs the host several times as much a call.
+torch.library.define(
+    "int4::linear",
+    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int group_size) -> Tensor",
+)
+int4_linear: Callable[..., Tensor] = torch.ops.int4.linear.default
+
+
+def _linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """x [..., K] · Ŵ [N, K]ᵀ + bias [N] → [..., N], in the type of x, accumulated in fp32 (see `formats.codec`).
@@ -28,11 +36,14 @@ def int4_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@int4_linear.register_fake
-def _(
+def _fake_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[1] if packed.dim() == 3 else scale.shape[0])
+
+
+torch.library.impl("int4::linear", "default", _linear)
+torch.library.register_fake("int4::linear", _fake_linear)
 
 
 def on_hopper(device: torch.device) -> bool:
