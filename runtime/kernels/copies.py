@@ -3,6 +3,6 @@
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-gather_to_shared = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
-box_to_shared = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-box_to_global = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+gather_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+box_to_shared = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+box_to_global = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
