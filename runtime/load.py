@@ -89,9 +89,9 @@ def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype) -> An
     """
     try:
         import transformers
-    except ImportError:
+    except ImportError as error:
         raise UsageError(
-            "runtime.load builds models through transformers, which is not installed; "
+            f"runtime.load builds models through transformers, which cannot be imported ({first_line(error)}); "
             "pip install 'int4-convert[hf]', or fill a module of your own with runtime.load_into"
         ) from None
     try:
