@@ -37,7 +37,7 @@ POINTERS = {
     "w_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16", "bias_ptr": "*bf16", "packed_ptr": "*i32",
     "words_ptr": "*i32", "scale_ptr": "*bf16", "zero_ptr": "*i32", "bad_ptr": "*i32", "partial_ptr": "*fp32",
 }  # fmt: skip
-ALIGNED = (*POINTERS, "N")  # a multiple of 16, as Triton finds out at a launch
+ALIGNED = (*POINTERS, "N", "K", "words", "columns")  # multiples of 16 where shapes are, as Triton finds at a launch
 TILE = {"SYMMETRIC": True, "ONE_SCALE": True, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_K": 128}
 PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "absmax": (absmax_kernel, {"SMALLEST": 2.0**-126, "SYMMETRIC": True, "ROWS": 16, "WORDS": 32, "CHUNKS": 1}),
@@ -53,6 +53,11 @@ PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def aligned(names: list[str]) -> dict[tuple[int], list[list[Any]]]:
+    """The attributes of the arguments that are multiples of 16."""
+    return {(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED if name in names}
+
+
 def portable() -> Iterator[tuple[str, str, Any]]:
     """Chip, name and compiled kernel of everything in plain Triton."""
     for name, (kernel, constants) in PORTABLE.items():
@@ -60,7 +65,7 @@ def portable() -> Iterator[tuple[str, str, Any]]:
         signature |= dict.fromkeys(constants, "constexpr")
         options = {"num_warps": 8 if constants.get("BLOCK_M") == 128 else 4}
         for chip, target in TARGETS.items():
-            source = ASTSource(kernel, signature, constants)
+            source = ASTSource(kernel, signature, constants, aligned(kernel.arg_names))
             yield chip, name, triton_compile(source, target=target, options=options)
 
 

@@ -30,3 +30,8 @@ def test_no_kernel_of_the_table_spills_registers(rows: list[list[str]]) -> None:
     shipped = {name: spilled for chip, name, _, spilled in rows if "{" in name}
     assert {name.split()[0] for name in shipped} == {"decode", "batch", "prefill", "reduce"}
     assert {name: spilled for name, spilled in shipped.items() if spilled != "0"} == {}
+
+
+def test_no_portable_product_spills_registers(rows: list[list[str]]) -> None:
+    products = {(chip, name): spilled for chip, name, _, spilled in rows if name.startswith(("matmul", "splitk"))}
+    assert {key: spilled for key, spilled in products.items() if spilled not in ("0", "-")} == {}
