@@ -181,7 +181,8 @@ class OutputDir:
         """Everything in the folder that this run may remove; raises `OutputError` if there is anything else."""
         try:
             recorded = self._recorded()
-            found = {path.relative_to(self.folder).as_posix(): path for path in leaves(self.folder)}
+            everything = {path.relative_to(self.folder).as_posix(): path for path in leaves(self.folder)}
+            found = {name: path for name, path in everything.items() if not _is_apart(name)}
             is_ours = {name: _is_ours(path, name, recorded) for name, path in found.items()}
         except CheckpointError as error:
             reason = str(error).partition(";")[0]  # without its advice
@@ -229,6 +230,11 @@ class OutputDir:
             raise OutputError(
                 f"{self.folder}: {free} bytes are free, {needed} are needed; free some, or use another disk"
             )
+
+
+def _is_apart(name: str) -> bool:
+    """Whether `name` is hidden and not ours, as .git or .DS_Store: no part of a checkpoint, and in nobody's way."""
+    return name.startswith(".") and PARTIAL.sub("", name) not in RECORDS
 
 
 def _is_ours(path: Path, name: str, recorded: frozenset[FileRecord] | None) -> bool:

@@ -65,6 +65,7 @@ def command(
     original = None if reference is None else _load_reference(reference, place, kind)
     corpus = read_text(text) if text is not None else DATASETS[str(dataset)]()
     windows = windows_of(_tokenize(folder, corpus), seq_len, max_windows)
+    _check_limits(model, windows, folder)
     with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar:
         result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
     protocol = {
@@ -77,6 +78,18 @@ def command(
     echo(_table(result, protocol))
     if json_file is not None:
         publish_bytes(json_file, (json.dumps(as_json(result, protocol), indent=2) + "\n").encode())
+
+
+def _check_limits(model: Any, windows: Tensor, folder: Path) -> None:
+    """Refuse positions and tokens that the tables of the model lack; rotary positions go on past their training."""
+    config, (_, seq_len) = model.config, windows.shape
+    limit = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)
+    if isinstance(limit, int) and seq_len > limit and not rotary:
+        raise UsageError(f"--seq-len {seq_len}: the model has {limit} positions; lower it")
+    vocabulary, token = model.get_input_embeddings().weight.shape[0], int(windows.max())
+    if token >= vocabulary:
+        raise CheckpointError(f"{folder}: its tokenizer gives token {token}, its model knows {vocabulary}")
 
 
 def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:

@@ -16,7 +16,7 @@ class Int4Linear(nn.Module):
     """y = x · Ŵᵀ + bias with Ŵ [N, K] = (code − zero) · scale; `state_dict` holds exactly what the format stores.
 
     `dtype` is that of the source weight and the bias; x may be fp16 or bf16 (fp32 too, by way of the dequantised
-    weight), with any leading dimensions. The weight is not trainable, and no gradient flows through the layer.
+    weight), with any leading dimensions. Gradients reach x and the bias; the weight is not trainable.
 
     On a GPU whose kernels want another order of the same bits, `arrange` puts `weight_packed` and `weight_scale` into
     it; loading, `quantize_` and moving to a device do so by themselves.
@@ -65,9 +65,9 @@ class Int4Linear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] → [..., N] in the type of x; raises `ValueError` for another number of columns."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x has {x.shape[-1]} columns, the layer takes {self.in_features}")
+        """x [..., K] → [..., N] in the type of x; raises `ValueError` for another number of columns, or integers."""
+        if x.shape[-1] != self.in_features or not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype} with {x.shape[-1]} columns, the layer takes {self.in_features} of floats")
         return int4_linear(
             x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.group_size
         )
@@ -127,6 +127,16 @@ class Int4Linear(nn.Module):
             self.weight_scale = scale.to(self.weight_scale.device)
         self.arrange()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: in the order of the format, because another device may read it."""
+        quantized = self.quantized
+        buffers = {**self._buffers, "weight_packed": quantized.packed, "weight_scale": quantized.scale}
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.arrange()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

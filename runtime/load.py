@@ -21,6 +21,7 @@ from formats.selection import WEIGHT
 from formats.tensors import TORCH_DTYPES, spec_of, tensor_from
 from runtime.linear import Int4Linear
 
+BUILDING = threading.RLock()  # one model at a time: `parameters_on_meta` changes torch itself
 ROTARY_TABLE = r"rotary_emb\.inv_freq$"  # old checkpoints hold it; models compute it
 
 
@@ -40,7 +41,8 @@ def load(
     """
     folder = resolve(folder_or_hub_id, revision)
     checkpoint = Checkpoint(folder)
-    model: nn.Module = build(folder, dtype, stored=_stored_dtype(checkpoint.manifest))
+    with BUILDING:
+        model: nn.Module = build(folder, dtype, stored=_stored_dtype(checkpoint.manifest))
     ignore = [ROTARY_TABLE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     fill(model, checkpoint, device=_device(device), dtype=dtype, verify=verify, ignore=ignore)
     return model
@@ -184,12 +186,13 @@ def fill(
     used = {name for row in rows for name in row.stored(scheme)}
     _compare(used, tied, where)
     _refuse_meta_tables(module, tied, where)
+    _check_kept(module, rows, used, tied, where)
     layers = [_swap(module, row, scheme) for row in rows if row.quantized]
     for name, spec, data in checkpoint.stream(verify):
         if name in used:
             # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
             names = tied[name] - (used - {name})
-            _assign(module, names, tensor_from(data, spec), device, dtype, where)
+            _assign(module, names, tensor_from(data, spec), device, dtype)
     module.to(device)
     for layer in layers:
         layer.arrange()
@@ -213,6 +216,18 @@ def _check_linear(module: nn.Module, row: TensorRecord, scheme: Scheme, where: P
     if not isinstance(found, nn.Linear | Int4Linear) or sizes != list(row.shape):
         kind = f"{type(found).__name__} {sizes}"
         raise CheckpointError(f"{where}: {path!r} is an int4 matrix {list(row.shape)}, the model has a {kind} there")
+
+
+def _check_kept(
+    module: nn.Module, rows: list[TensorRecord], used: set[str], tied: dict[str, set[str]], where: Path
+) -> None:
+    """Every kept tensor must have the shape of what it replaces, and be floats where that is."""
+    held = module.state_dict(keep_vars=True)
+    for row in rows:
+        for name in () if row.quantized else sorted(tied[row.name] - (used - {row.name})):
+            old, floats = held[name], TORCH_DTYPES[row.dtype].is_floating_point
+            if old.shape != row.shape or old.is_floating_point() != floats:
+                raise CheckpointError(f"{where}: {name!r} is {row.spec}, the model expects {spec_of(old)}")
 
 
 def _swap(module: nn.Module, row: TensorRecord, scheme: Scheme) -> Int4Linear:
@@ -257,7 +272,7 @@ def _refuse_meta_tables(module: nn.Module, stored: Iterable[str], where: Path) -
 
 
 def _assign(
-    module: nn.Module, names: set[str], tensor: Tensor, device: torch.device, dtype: torch.dtype | None, where: Path
+    module: nn.Module, names: set[str], tensor: Tensor, device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """Put `tensor` in the place of all of `names`, in `dtype`, or else the type that it replaces."""
     value: Tensor | None = None
@@ -265,13 +280,9 @@ def _assign(
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         place: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-        old = place[leaf]
-        if old.shape != tensor.shape or old.is_floating_point() != tensor.is_floating_point():
-            found, expected = spec_of(tensor), spec_of(old)
-            raise CheckpointError(f"{where}: {name!r} is {found}, the model expects {expected}")
         if value is None:
             fixed = isinstance(owner, Int4Linear) and place is owner._buffers
-            kind = tensor.dtype if fixed or not tensor.is_floating_point() else dtype or old.dtype
+            kind = tensor.dtype if fixed or not tensor.is_floating_point() else dtype or place[leaf].dtype
             value = tensor.to(device, kind)
             if place is owner._parameters:
                 value = nn.Parameter(value, requires_grad=False)

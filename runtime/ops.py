@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,10 @@ SPLIT_K_BELOW = 16  # tokens; fewer leave most of the GPU idle unless K is share
 torch.library.define(
     "int4::linear",
     "(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int group_size) -> Tensor",
+)
+torch.library.define(
+    "int4::linear_grad",
+    "(Tensor grad, Tensor packed, Tensor scale, Tensor? zero_point, int columns, int group_size) -> Tensor",
 )
 int4_linear: Callable[..., Tensor] = torch.ops.int4.linear.default
 
@@ -42,8 +47,40 @@ def _fake_linear(
     return x.new_empty(*x.shape[:-1], scale.shape[1] if packed.dim() == 3 else scale.shape[0])
 
 
+def _linear_grad(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, group_size: int
+) -> Tensor:
+    """The gradient of x [..., K]: grad [..., N] · Ŵ."""
+    scheme = Scheme(group_size, symmetric=zero_point is None)
+    return grad @ dequantize(_in_format(packed, scale, zero_point, columns), columns, scheme, grad.dtype)
+
+
+def _fake_linear_grad(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, group_size: int
+) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], columns)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scale, zero_point, bias, group_size = inputs
+    ctx.save_for_backward(packed, scale, zero_point)
+    ctx.columns, ctx.group_size, ctx.bias_dtype = x.shape[-1], group_size, None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x_grad = bias_grad = None
+    if ctx.needs_input_grad[0]:
+        x_grad = torch.ops.int4.linear_grad(grad, *ctx.saved_tensors, ctx.columns, ctx.group_size)
+    if ctx.needs_input_grad[4]:
+        bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return x_grad, None, None, None, bias_grad, None
+
+
 torch.library.impl("int4::linear", "default", _linear)
 torch.library.register_fake("int4::linear", _fake_linear)
+torch.library.register_autograd("int4::linear", _backward, setup_context=_keep_for_backward)
+torch.library.impl("int4::linear_grad", "default", _linear_grad)
+torch.library.register_fake("int4::linear_grad", _fake_linear_grad)
 
 
 def on_hopper(device: torch.device) -> bool:
@@ -57,21 +94,26 @@ def _product(
     x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, scheme: Scheme
 ) -> Tensor:
     """The product of x [M, K] by the fastest kernel for its size, type and device."""
-    quantized = Quantized(packed, scale, zero_point)
-    if packed.dim() == 3:
-        if len(x) and x.dtype == scale.dtype:
-            from runtime.kernels.hopper import hopper_product
+    if packed.dim() == 3 and len(x) and x.dtype == scale.dtype:
+        from runtime.kernels.hopper import hopper_product
 
-            return hopper_product(x, packed, scale, bias, scheme)
-        from runtime.repack import restore
-
-        quantized = restore(packed, scale, x.shape[1])
+        return hopper_product(x, packed, scale, bias, scheme)
+    quantized = _in_format(packed, scale, zero_point, x.shape[1])
     if not (HAS_TRITON and x.is_cuda and x.dtype in KERNEL_DTYPES and len(x)):
         return dequantized_product(x, quantized, bias, scheme)
     from runtime.kernels.matmul import matmul
     from runtime.kernels.splitk import splitk
 
     return (splitk if len(x) < SPLIT_K_BELOW else matmul)(x, quantized, bias, scheme)
+
+
+def _in_format(packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int) -> Quantized:
+    """The format's tensors of a matrix in either order."""
+    if packed.dim() == 3:
+        from runtime.repack import restore
+
+        return restore(packed, scale, columns)
+    return Quantized(packed, scale, zero_point)
 
 
 def dequantized_product(x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme) -> Tensor:

@@ -14,17 +14,18 @@ def quantize_(
 ) -> nn.Module:
     """Replace the linear layers of `module` in place by `Int4Linear` with the codec's absmax scales; returns it.
 
-    Output heads, routers and layers whose weight is shared stay, as in the converter, and so does what a pattern of
-    `exclude` names. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group size or pattern.
+    Output heads and routers stay, as in the converter, and so do layers that are shared or compute their weight from
+    others, and what a pattern of `exclude` names. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an
+    impossible group size or pattern.
     """
     scheme = Scheme(group_size, symmetric)
     holders: dict[int, int] = {}
-    for child in module.modules():
+    for _, child in module.named_modules(remove_duplicate=False):
         for parameter in child._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for path, child in list(module.named_modules()):
         name = path + WEIGHT
-        if not path or not isinstance(child, nn.Linear) or holders[id(child.weight)] > 1:
+        if not path or not isinstance(child, nn.Linear) or holders.get(id(child.weight)) != 1:
             continue
         kept = never_quantized(name, spec_of(child.weight)) or kept_by_default(name)
         if kept or any(matches(pattern, name) for pattern in exclude):

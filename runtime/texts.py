@@ -15,9 +15,9 @@ WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7d
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; raises `UsageError` when it is none."""
+    """The text of a UTF-8 file, as it is but for a byte order mark; raises `UsageError` when it is none."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 

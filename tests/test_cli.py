@@ -263,6 +263,33 @@ def test_eval_needs_exactly_one_text(call: Call, converted: Path, texts: list[ob
     assert (result.code, "give a text" in result.err) == (2, True)
 
 
+def test_eval_refuses_tokens_that_the_model_lacks(call: Call, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "source" / name).write_bytes((EXAMPLE / name).read_bytes())
+    call("int4-convert", tmp_path / "source", tmp_path / "out", "--group-size", 32, "--quiet")
+    result = call("int4-eval", tmp_path / "out", "--text", EXAMPLE.parent / "tiny-llama.heldout.txt", "--seq-len", 64)
+    assert (result.code, "its model knows 100" in result.err) == (3, True)
+
+
+def test_eval_refuses_positions_that_the_model_lacks(call: Call, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.OPTConfig(
+        vocab_size=1024, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, word_embed_proj_dim=32,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "source" / name).write_bytes((EXAMPLE / name).read_bytes())
+    call("int4-convert", tmp_path / "source", tmp_path / "out", "--group-size", 32, "--quiet")
+    result = call("int4-eval", tmp_path / "out", "--text", EXAMPLE.parent / "tiny-llama.heldout.txt", "--seq-len", 64)
+    assert (result.code, "the model has 16 positions" in result.err) == (2, True)
+
+
 @pytest.mark.parametrize("command", sorted(MAINS))
 def test_help_ends_with_0(call: Call, command: str) -> None:
     result = call(command, "--help")

@@ -431,3 +431,12 @@ def test_safetensors_of_a_subfolder_are_copied(source: Path, out: Path) -> None:
     name = "2_Dense/model.safetensors"
     assert (out / name).read_bytes() == (source / name).read_bytes()
     Checkpoint(out).verify()
+
+
+def test_hidden_files_of_others_stay_and_are_in_nobodys_way(source: Path, out: Path) -> None:
+    for name in (".DS_Store", ".git/config"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("theirs")
+    convert_folder(source, out)
+    convert_folder(source, out, Scheme(16), overwrite=True)
+    assert contents(out)[".git/config"] == contents(out)[".DS_Store"] == b"theirs"

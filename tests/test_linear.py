@@ -1,3 +1,6 @@
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from checkpoints import random
@@ -82,7 +85,7 @@ def test_the_operator_is_well_formed(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("columns", [164, 170, 176, 256])
 def test_another_number_of_columns_is_refused(columns: int) -> None:
-    with pytest.raises(ValueError, match=f"x has {columns} columns, the layer takes 172"):
+    with pytest.raises(ValueError, match=f"with {columns} columns, the layer takes 172"):
         Int4Linear.from_linear(linear(), Scheme(64))(random(2, columns, dtype=torch.float32))
 
 
@@ -142,6 +145,48 @@ def test_quantize_names_the_layer_with_a_bad_weight() -> None:
 def test_quantize_refuses_an_impossible_group_size() -> None:
     with pytest.raises(UsageError, match="group size 7"):
         quantize_(nn.Sequential(linear()), group_size=7)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_gradients_reach_input_and_bias(mode: str) -> None:
+    int4 = Int4Linear.from_linear(linear(), Scheme(64, symmetric=False))
+    assert int4.bias is not None
+    int4.bias.requires_grad_()
+    x = random(2, 3, 172, dtype=torch.float32).requires_grad_()
+    weight = random(2, 3, 37, seed=9, dtype=torch.float32)
+    call = torch.compile(int4, fullgraph=True, backend="aot_eager") if mode == "compiled" else int4
+    (call(x) * weight).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weight @ int4.dequantize(), atol=1e-5)
+    assert torch.allclose(int4.bias.grad, weight.sum((0, 1)), atol=1e-5)
+
+
+def test_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"torch\.int64"):
+        Int4Linear.from_linear(linear(), Scheme(64))(torch.ones(2, 172, dtype=torch.int64))
+
+
+def test_a_copy_is_in_the_order_of_the_format() -> None:
+    repack = pytest.importorskip("runtime.repack", reason="Triton is not on this platform")
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter stands in for a GPU")
+    int4 = Int4Linear.from_linear(linear(64, 128, dtype=torch.bfloat16), Scheme(64))
+    packed = int4.weight_packed.clone()
+    int4.weight_packed, int4.weight_scale = repack.arrange(int4.quantized)  # as on Hopper
+    copied = copy.deepcopy(int4)
+    assert not copied.arranged
+    assert torch.equal(copied.weight_packed, packed)
+
+
+@pytest.mark.parametrize("make", [nn.Sequential, lambda *layers: nn.ModuleList(layers)])
+def test_a_layer_under_several_names_stays_one_layer(make: Callable[..., nn.Module]) -> None:
+    layer = linear()
+    assert all(child is layer for child in quantize_(make(layer, layer), group_size=8).children())
+
+
+def test_a_weight_that_is_computed_stays() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(linear()))
+    assert not isinstance(quantize_(model, group_size=8)[0], Int4Linear)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -266,8 +267,18 @@ def test_models_that_read_a_weight_run(tmp_path: Path) -> None:
     assert torch.isfinite(model(input_ids=tokens, decoder_input_ids=tokens).logits).all()
 
 
-def test_a_refused_module_is_as_it_was(folder: Path) -> None:
-    model = build(add_parameter)
+def test_several_threads_may_load_at_once(example: Path) -> None:
+    pytest.importorskip("transformers")
+    register = nn.Module.register_parameter
+    with ThreadPoolExecutor(2) as pool:
+        models = list(pool.map(lambda _: runtime.load(example, device="cpu"), range(4)))
+    assert nn.Module.register_parameter is register
+    assert not any(parameter.is_meta for model in models for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("change", [add_parameter, widen_norm, widen_q])
+def test_a_refused_module_is_as_it_was(folder: Path, change: Callable[[Model], object]) -> None:
+    model = build(change)
     with pytest.raises(CheckpointError):
         runtime.load_into(model, folder, device="cpu")
     assert not any(isinstance(child, runtime.Int4Linear) for child in model.modules())

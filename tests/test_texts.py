@@ -38,3 +38,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot be read as UTF-8"):
         texts.read_text(tmp_path / "file")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\xef\xbb\xbfwords\r\n")
+    assert texts.read_text(tmp_path / "file") == "words\r\n"
