@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from formats.container import SUFFIX, Container
-from formats.errors import CheckpointError, UsageError
+from formats.errors import CheckpointError, UsageError, some
 from formats.files import link_roots, open_regular, read_small, safe_name
 from formats.hub import download
 from formats.layout import TensorSpec
@@ -130,7 +130,7 @@ def _read_shards(folder: Path, roots: tuple[Path, ...]) -> dict[str, dict[str, T
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise CheckpointError(f"{index}: names {_some(missing)} which are not in the folder; fetch them again")
+        raise CheckpointError(f"{index}: names {some(missing)} which are not in the folder; fetch them again")
     _refuse_strays(folder, set(names), INDEX_NAME)
     shards = {name: _read_header(folder / name, roots) for name in names}
     _compare_with_index(weight_map, shards, index)
@@ -142,7 +142,7 @@ def _refuse_strays(folder: Path, names: set[str], origin: str) -> None:
     found = {path.name for path in folder.iterdir() if MODEL_FILE.fullmatch(path.name)}
     if strays := sorted(found - names):
         raise CheckpointError(
-            f"{folder}: holds {_some(strays)} beside the weights of {origin}; remove what is not part of the model, "
+            f"{folder}: holds {some(strays)} beside the weights of {origin}; remove what is not part of the model, "
             f"or fetch the {INDEX_NAME} that names every file"
         )
 
@@ -162,9 +162,9 @@ def _compare_with_index(weight_map: dict[str, str], shards: dict[str, dict[str, 
                 )
             found[name] = shard
     if missing := [name for name in sorted(weight_map) if name not in found]:
-        raise CheckpointError(f"{index}: names tensors that no shard holds: {_some(missing)}; fetch the shards again")
+        raise CheckpointError(f"{index}: names tensors that no shard holds: {some(missing)}; fetch the shards again")
     if extra := [name for name in sorted(found) if found[name] != weight_map.get(name)]:
-        raise CheckpointError(f"{index}: does not list, or lists elsewhere, tensors of the shards: {_some(extra)}")
+        raise CheckpointError(f"{index}: does not list, or lists elsewhere, tensors of the shards: {some(extra)}")
 
 
 def _refuse_quantized(folder: Path, shards: dict[str, dict[str, TensorSpec]]) -> None:
@@ -182,7 +182,7 @@ def _refuse_quantized(folder: Path, shards: dict[str, dict[str, TensorSpec]]) ->
 def _found_instead(folder: Path) -> str:
     files = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHT_SUFFIXES))
     return (
-        f"found {_some(files) or 'no weight files'}. Only safetensors files of these names are read, and pickled "
+        f"found {some(files) or 'no weight files'}. Only safetensors files of these names are read, and pickled "
         "weights are never opened: save the model again with transformers' save_pretrained"
     )
 
@@ -209,8 +209,3 @@ def _is_weights(name: str) -> bool:
 
 def _refuse_unreadable(error: OSError) -> NoReturn:
     raise CheckpointError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or remove it")
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:10])
-    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"

@@ -1,12 +1,16 @@
-"""Which device computes."""
+"""Which device computes, and whether Triton can."""
+
+from importlib.util import find_spec
 
 import torch
 
 from formats.errors import UsageError
 
+HAS_TRITON = find_spec("triton") is not None  # not on every platform; elsewhere torch does the work
 
-def parse_device(name: str | None) -> torch.device:
-    """The device called `name`, or without a name the GPU if there is one, else the CPU.
+
+def parse_device(name: torch.device | str | None) -> torch.device:
+    """The device `name`, or without one the GPU if there is one, else the CPU.
 
     Raises `UsageError` for a name that means nothing, and for a device that is not there or holds no numbers.
     """
@@ -17,5 +21,5 @@ def parse_device(name: str | None) -> torch.device:
         torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise UsageError(f"device {name!r}: {reason}; use cpu, or a GPU that is there") from None
+        raise UsageError(f"device {str(name)!r}: {reason}; use cpu, or a GPU that is there") from None
     return device

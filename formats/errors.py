@@ -1,5 +1,13 @@
 """The errors that leave this project, one class per exit code of its commands."""
 
+from collections.abc import Sequence
+
+
+def some(names: Sequence[str]) -> str:
+    """The first ten of `names` and how many more, for a message."""
+    shown = ", ".join(names[:10])
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+
 
 class Int4Error(Exception):
     """Base of every error raised on purpose; its text says where, what was found, what was expected, what to do."""

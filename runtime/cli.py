@@ -17,7 +17,6 @@ from formats.command import echo, run
 from formats.devices import parse_device
 from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
-from formats.hub import download
 from runtime.evaluate import Evaluation, Measurement, evaluate, windows_of
 from runtime.load import first_line, load, resolve, with_plain_attention
 from runtime.texts import DATASETS, read_text
@@ -97,7 +96,7 @@ def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | N
 
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    folder = Path(reference) if Path(reference).is_dir() else download(reference, ignore=["*.bin", "*.pt", "*.pth"])
+    folder = resolve(reference, ignore=["*.bin", "*.pt", "*.pth"])
     load_model = partial(
         transformers.AutoModelForCausalLM.from_pretrained,
         folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False,

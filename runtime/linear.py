@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from formats.codec import Quantized, dequantize, quantize
 from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme, stored_tensors
 from formats.tensors import TORCH_DTYPES, spec_of
-from runtime.ops import int4_linear, on_hopper
+from runtime.ops import in_format, int4_linear, on_hopper
 
 
 class Int4Linear(nn.Module):
@@ -80,11 +80,7 @@ class Int4Linear(nn.Module):
     @property
     def quantized(self) -> Quantized:
         """The weight in the format's tensors, whatever order it is in."""
-        if not self.arranged:
-            return Quantized(self.weight_packed, self.weight_scale, self.weight_zero_point)
-        from runtime.repack import restore
-
-        return restore(self.weight_packed, self.weight_scale, self.in_features)
+        return in_format(self.weight_packed, self.weight_scale, self.weight_zero_point, self.in_features)
 
     @property
     def weight(self) -> Tensor:

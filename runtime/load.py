@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from formats.checkpoint import Checkpoint
 from formats.devices import parse_device
-from formats.errors import CheckpointError, UsageError
+from formats.errors import CheckpointError, UsageError, some
 from formats.hub import download
 from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme
 from formats.manifest import Manifest, TensorRecord
@@ -44,7 +44,7 @@ def load(
     with BUILDING:
         model: nn.Module = build(folder, dtype, stored=_stored_dtype(checkpoint.manifest))
     ignore = [ROTARY_TABLE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    fill(model, checkpoint, device=_device(device), dtype=dtype, verify=verify, ignore=ignore)
+    fill(model, checkpoint, device=parse_device(device), dtype=dtype, verify=verify, ignore=ignore)
     return model
 
 
@@ -62,20 +62,16 @@ def load_into(
     and checkpoint name exactly the same tensors, with nothing changed; after an error in the bytes of the checkpoint
     the module is not fit for use.
     """
-    fill(module, Checkpoint(Path(folder)), device=_device(device), dtype=dtype, verify=verify)
+    fill(module, Checkpoint(Path(folder)), device=parse_device(device), dtype=dtype, verify=verify)
     return module
 
 
-def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint: itself, or its snapshot from the Hub."""
+def resolve(folder_or_hub_id: str | Path, revision: str | None = None, *, ignore: Sequence[str] = ()) -> Path:
+    """The local folder of a checkpoint: itself, or its snapshot from the Hub without files that match `ignore`."""
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
-    return download(str(folder_or_hub_id), revision)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    return parse_device(None if device is None else str(device))
+    return download(str(folder_or_hub_id), revision, ignore=ignore)
 
 
 def _stored_dtype(manifest: Manifest) -> torch.dtype:
@@ -175,8 +171,9 @@ def fill(
     Nothing is changed before names, types and shapes are known to fit.
     """
     scheme, where = checkpoint.manifest.recipe.scheme, checkpoint.folder
-    rows = _used_rows(module, checkpoint.manifest, ignore)
-    tied = _tied_names(module)
+    held = module.state_dict(keep_vars=True)
+    rows = _used_rows(held, checkpoint.manifest, ignore)
+    tied = _tied_names(held)
     for row in rows:
         if row.quantized:
             _check_linear(module, row, scheme, where)
@@ -186,7 +183,7 @@ def fill(
     used = {name for row in rows for name in row.stored(scheme)}
     _compare(used, tied, where)
     _refuse_meta_tables(module, tied, where)
-    _check_kept(module, rows, used, tied, where)
+    _check_kept(held, rows, used, tied, where)
     layers = [_swap(module, row, scheme) for row in rows if row.quantized]
     for name, spec, data in checkpoint.stream(verify):
         if name in used:
@@ -198,8 +195,7 @@ def fill(
         layer.arrange()
 
 
-def _used_rows(module: nn.Module, manifest: Manifest, ignore: Iterable[str]) -> list[TensorRecord]:
-    held = module.state_dict(keep_vars=True).keys()
+def _used_rows(held: Mapping[str, Tensor], manifest: Manifest, ignore: Iterable[str]) -> list[TensorRecord]:
     ignored = [re.compile(pattern) for pattern in ignore]
     return [row for row in manifest.tensors if row.name in held or not any(p.search(row.name) for p in ignored)]
 
@@ -219,10 +215,9 @@ def _check_linear(module: nn.Module, row: TensorRecord, scheme: Scheme, where: P
 
 
 def _check_kept(
-    module: nn.Module, rows: list[TensorRecord], used: set[str], tied: dict[str, set[str]], where: Path
+    held: Mapping[str, Tensor], rows: list[TensorRecord], used: set[str], tied: dict[str, set[str]], where: Path
 ) -> None:
     """Every kept tensor must have the shape of what it replaces, and be floats where that is."""
-    held = module.state_dict(keep_vars=True)
     for row in rows:
         for name in () if row.quantized else sorted(tied[row.name] - (used - {row.name})):
             old, floats = held[name], TORCH_DTYPES[row.dtype].is_floating_point
@@ -240,13 +235,12 @@ def _swap(module: nn.Module, row: TensorRecord, scheme: Scheme) -> Int4Linear:
     return new
 
 
-def _tied_names(module: nn.Module) -> dict[str, set[str]]:
-    """Each name of the state dict → all names of that same tensor."""
-    stored = module.state_dict(keep_vars=True)
+def _tied_names(held: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """Each name of the state dict `held` → all names of that same tensor."""
     same: dict[int, set[str]] = {}
-    for name, tensor in stored.items():
+    for name, tensor in held.items():
         same.setdefault(id(tensor), set()).add(name)
-    return {name: same[id(tensor)] for name, tensor in stored.items()}
+    return {name: same[id(tensor)] for name, tensor in held.items()}
 
 
 def _untie(tied: dict[str, set[str]], weight: str) -> None:
@@ -260,15 +254,15 @@ def _compare(used: set[str], tied: dict[str, set[str]], where: Path) -> None:
     unexpected = sorted(used - tied.keys())
     if missing or unexpected:
         raise CheckpointError(
-            f"{where}: does not fit the model: {len(missing)} tensors missing ({_some(missing)}), "
-            f"{len(unexpected)} unexpected ({_some(unexpected)}); is it the same architecture and version?"
+            f"{where}: does not fit the model: {len(missing)} tensors missing ({some(missing) or 'none'}), "
+            f"{len(unexpected)} unexpected ({some(unexpected) or 'none'}); is it the same architecture and version?"
         )
 
 
 def _refuse_meta_tables(module: nn.Module, stored: Iterable[str], where: Path) -> None:
     left = sorted({name for name, buffer in module.named_buffers() if buffer.is_meta} - set(stored))
     if left:
-        raise CheckpointError(f"{where}: leaves {_some(left)} on the meta device; build these buffers before loading")
+        raise CheckpointError(f"{where}: leaves {some(left)} on the meta device; build these buffers before loading")
 
 
 def _assign(
@@ -287,10 +281,6 @@ def _assign(
             if place is owner._parameters:
                 value = nn.Parameter(value, requires_grad=False)
         place[leaf] = value
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") or "none"
 
 
 def first_line(error: Exception) -> str:

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.codec import Quantized, dequantize
+from formats.devices import HAS_TRITON
 from formats.layout import Scheme
 
-HAS_TRITON = find_spec("triton") is not None  # not on every platform; elsewhere torch does the work
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 SPLIT_K_BELOW = 16  # tokens; fewer leave most of the GPU idle unless K is shared out
-
 
 # By schema: a decorated custom_op costs the host several times as much a call.
 torch.library.define(
@@ -52,7 +51,7 @@ def _linear_grad(
 ) -> Tensor:
     """The gradient of x [..., K]: grad [..., N] · Ŵ."""
     scheme = Scheme(group_size, symmetric=zero_point is None)
-    return grad @ dequantize(_in_format(packed, scale, zero_point, columns), columns, scheme, grad.dtype)
+    return grad @ dequantize(in_format(packed, scale, zero_point, columns), columns, scheme, grad.dtype)
 
 
 def _fake_linear_grad(
@@ -98,7 +97,7 @@ def _product(
         from runtime.kernels.hopper import hopper_product
 
         return hopper_product(x, packed, scale, bias, scheme)
-    quantized = _in_format(packed, scale, zero_point, x.shape[1])
+    quantized = in_format(packed, scale, zero_point, x.shape[1])
     if not (HAS_TRITON and x.is_cuda and x.dtype in KERNEL_DTYPES and len(x)):
         return dequantized_product(x, quantized, bias, scheme)
     from runtime.kernels.matmul import matmul
@@ -107,7 +106,7 @@ def _product(
     return (splitk if len(x) < SPLIT_K_BELOW else matmul)(x, quantized, bias, scheme)
 
 
-def _in_format(packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int) -> Quantized:
+def in_format(packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int) -> Quantized:
     """The format's tensors of a matrix in either order."""
     if packed.dim() == 3:
         from runtime.repack import restore

@@ -1,5 +1,7 @@
 """The reference that the tests and benchmarks of the matmul kernels share."""
 
+from collections.abc import Callable
+
 import torch
 from checkpoints import random
 from torch import Tensor
@@ -24,6 +26,18 @@ def operands(
         moved,
         random(rows, seed=3, dtype=dtype).to(device),
     )
+
+
+def check_product(
+    product: Callable[..., Tensor],
+    tokens: int, rows: int, columns: int, scheme: Scheme, dtype: torch.dtype, device: str, *, bias: bool,
+) -> None:  # fmt: skip
+    """`product` of the format's tensors must have the shape and type of a linear layer's, and its values."""
+    x, quantized, b = operands(tokens, rows, columns, scheme, dtype, device)
+    y = product(x, quantized, b if bias else None, scheme)
+    assert y.shape == (tokens, rows)
+    assert y.dtype == dtype
+    assert relative_error(y, x, quantized, b if bias else None, scheme) <= TOLERANCE[dtype]
 
 
 def relative_error(y: Tensor, x: Tensor, quantized: codec.Quantized, bias: Tensor | None, scheme: Scheme) -> float:

@@ -47,16 +47,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return run
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def test_convert_says_what_it_did(call: Call, source: Path, out: Path) -> None:
     result = call("int4-convert", source, out, "--group-size", 8, "--device", "cpu")
     assert result.code == 0
@@ -263,30 +253,27 @@ def test_eval_needs_exactly_one_text(call: Call, converted: Path, texts: list[ob
     assert (result.code, "give a text" in result.err) == (2, True)
 
 
-def test_eval_refuses_tokens_that_the_model_lacks(call: Call, tmp_path: Path) -> None:
+def evaluate_untrained(call: Call, folder: Path, architecture: str, **fields: int) -> Result:
+    """int4-eval of a tiny random model with the tokenizer of the example."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    config = getattr(transformers, f"{architecture}Config")(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **fields
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "source" / name).write_bytes((EXAMPLE / name).read_bytes())
-    call("int4-convert", tmp_path / "source", tmp_path / "out", "--group-size", 32, "--quiet")
-    result = call("int4-eval", tmp_path / "out", "--text", EXAMPLE.parent / "tiny-llama.heldout.txt", "--seq-len", 64)
+        (folder / "source" / name).write_bytes((EXAMPLE / name).read_bytes())
+    call("int4-convert", folder / "source", folder / "out", "--group-size", 32, "--quiet")
+    return call("int4-eval", folder / "out", "--text", EXAMPLE.parent / "tiny-llama.heldout.txt", "--seq-len", 64)
+
+
+def test_eval_refuses_tokens_that_the_model_lacks(call: Call, tmp_path: Path) -> None:
+    result = evaluate_untrained(call, tmp_path, "Llama", vocab_size=100, intermediate_size=32)
     assert (result.code, "its model knows 100" in result.err) == (3, True)
 
 
 def test_eval_refuses_positions_that_the_model_lacks(call: Call, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.OPTConfig(
-        vocab_size=1024, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, word_embed_proj_dim=32,
-    )  # fmt: skip
-    transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "source")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "source" / name).write_bytes((EXAMPLE / name).read_bytes())
-    call("int4-convert", tmp_path / "source", tmp_path / "out", "--group-size", 32, "--quiet")
-    result = call("int4-eval", tmp_path / "out", "--text", EXAMPLE.parent / "tiny-llama.heldout.txt", "--seq-len", 64)
+    sizes = {"vocab_size": 1024, "ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 16}
+    result = evaluate_untrained(call, tmp_path, "OPT", **sizes)
     assert (result.code, "the model has 16 positions" in result.err) == (2, True)
 
 

@@ -22,16 +22,6 @@ from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "source")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"
-
-
 def stored(out: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in out.glob("*.i4.safetensors") for name, tensor in load_file(path).items()}
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from products import TOLERANCE, operands, relative_error
+from products import check_product, operands
 
 from formats.layout import Scheme
 
@@ -9,19 +9,12 @@ splitk = pytest.importorskip("runtime.kernels.splitk", reason="Triton is not on 
 SCHEMES = [Scheme(-1), Scheme(8), Scheme(24, False), Scheme(64), Scheme(128, False), Scheme(256)]
 
 
-def check(tokens: int, rows: int, columns: int, scheme: Scheme, dtype: torch.dtype, device: str, bias: bool) -> None:
-    x, quantized, b = operands(tokens, rows, columns, scheme, dtype, device)
-    y = splitk(x, quantized, b if bias else None, scheme)
-    assert y.shape == (tokens, rows)
-    assert relative_error(y, x, quantized, b if bias else None, scheme) <= TOLERANCE[dtype]
-
-
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for a GPU")
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 1, 172), (3, 70, 1000), (20, 65, 264)])
 def test_splitk_agrees_with_the_codec(tokens: int, rows: int, columns: int, scheme: Scheme) -> None:
-    check(tokens, rows, columns, scheme, torch.float16, "cpu", bias=tokens == 3)
+    check_product(splitk, tokens, rows, columns, scheme, torch.float16, "cpu", bias=tokens == 3)
 
 
 @pytest.mark.gpu
@@ -34,7 +27,7 @@ def test_splitk_agrees_with_the_codec(tokens: int, rows: int, columns: int, sche
 def test_splitk_agrees_with_the_codec_on_a_gpu(
     tokens: int, rows: int, columns: int, scheme: Scheme, dtype: torch.dtype
 ) -> None:
-    check(tokens, rows, columns, scheme, dtype, "cuda", bias=tokens == 3)
+    check_product(splitk, tokens, rows, columns, scheme, dtype, "cuda", bias=tokens == 3)
 
 
 @pytest.mark.gpu

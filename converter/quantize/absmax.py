@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from formats import codec
+from formats.devices import HAS_TRITON
 from formats.layout import Scheme
 
 
@@ -12,10 +13,8 @@ def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> codec.Qu
 
     Raises `NonFiniteError` on NaN or infinity.
     """
-    if weight.is_cuda:
-        try:
-            from converter.quantize import kernels
-        except ImportError:  # no Triton on this platform: the codec runs on any device
-            return codec.quantize(weight, scheme, scale_dtype)
-        return kernels.absmax(weight, scheme, scale_dtype)
-    return codec.quantize(weight, scheme, scale_dtype)
+    if not (weight.is_cuda and HAS_TRITON):
+        return codec.quantize(weight, scheme, scale_dtype)
+    from converter.quantize import kernels
+
+    return kernels.absmax(weight, scheme, scale_dtype)
