@@ -11,14 +11,18 @@ from torch import Tensor
 from formats.codec import Quantized, dequantize
 from formats.devices import HAS_TRITON
 from formats.layout import Scheme
+from runtime.activations import rounded_to_fp8
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 SPLIT_K_BELOW = 16  # tokens; fewer leave most of the GPU idle unless K is shared out
+FP8_TOKENS = 256  # in fewer the bytes of the weights decide the time, and fp8 would only cost precision
+FP8_COLUMNS = 64  # of a group, at least: the tensor cores add this many before its scale comes in
 
 # By schema: a decorated custom_op costs the host several times as much a call.
 torch.library.define(
     "int4::linear",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int group_size) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int group_size, bool fp8=False)"
+    " -> Tensor",
 )
 torch.library.define(
     "int4::linear_grad",
@@ -28,20 +32,32 @@ int4_linear: Callable[..., Tensor] = torch.ops.int4.linear.default
 
 
 def _linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    fp8: bool = False,
 ) -> Tensor:
     """x [..., K] · Ŵ [N, K]ᵀ + bias [N] → [..., N], in the type of x, accumulated in fp32 (see `formats.codec`).
 
-    `packed` and `scale` are the format's, or both in kernel order (`repack.arrange`): then `packed` is 3-D.
+    `packed`, `scale` and `zero_point` are the format's, or all in kernel order (`repack.arrange`): then `packed` is
+    3-D. With `fp8`, x is rounded as `activations` says, where there are enough tokens.
     """
-    scheme = Scheme(group_size, symmetric=zero_point is None)
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _product(tokens, packed, scale, zero_point, bias, scheme)
+    y = _product(tokens, Quantized(packed, scale, zero_point), bias, group_size, fp8 and len(tokens) >= FP8_TOKENS)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _fake_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    fp8: bool = False,
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], scale.shape[1] if packed.dim() == 3 else scale.shape[0])
 
@@ -51,7 +67,7 @@ def _linear_grad(
 ) -> Tensor:
     """The gradient of x [..., K]: grad [..., N] · Ŵ."""
     scheme = Scheme(group_size, symmetric=zero_point is None)
-    return grad @ dequantize(in_format(packed, scale, zero_point, columns), columns, scheme, grad.dtype)
+    return grad @ dequantize(in_format(Quantized(packed, scale, zero_point), columns), columns, scheme, grad.dtype)
 
 
 def _fake_linear_grad(
@@ -61,7 +77,7 @@ def _fake_linear_grad(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, zero_point, bias, group_size = inputs
+    x, packed, scale, zero_point, bias, group_size, _ = inputs
     ctx.save_for_backward(packed, scale, zero_point)
     ctx.columns, ctx.group_size, ctx.bias_dtype = x.shape[-1], group_size, None if bias is None else bias.dtype
 
@@ -72,7 +88,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x_grad = torch.ops.int4.linear_grad(grad, *ctx.saved_tensors, ctx.columns, ctx.group_size)
     if ctx.needs_input_grad[4]:
         bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return x_grad, None, None, None, bias_grad, None
+    return x_grad, None, None, None, bias_grad, None, None
 
 
 torch.library.impl("int4::linear", "default", _linear)
@@ -89,15 +105,17 @@ def on_hopper(device: torch.device) -> bool:
     return HAS_TRITON and find_spec("triton.experimental.gluon") is not None
 
 
-def _product(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, scheme: Scheme
-) -> Tensor:
+def _product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size: int, fp8: bool) -> Tensor:
     """The product of x [M, K] by the fastest kernel for its size, type and device."""
-    if packed.dim() == 3 and len(x) and x.dtype == scale.dtype:
+    arranged = matrix.packed.dim() == 3 and len(x) > 0 and x.dtype == matrix.scale.dtype
+    if fp8 and not (arranged and in_fp8(group_size, matrix)):
+        x, fp8 = rounded_to_fp8(x), False
+    if arranged:
         from runtime.kernels.hopper import hopper_product
 
-        return hopper_product(x, packed, scale, bias, scheme)
-    quantized = in_format(packed, scale, zero_point, x.shape[1])
+        return hopper_product(x, matrix, bias, group_size, fp8=fp8)
+    quantized = in_format(matrix, x.shape[1])
+    scheme = Scheme(group_size, symmetric=quantized.zero_point is None)
     if not (HAS_TRITON and x.is_cuda and x.dtype in KERNEL_DTYPES and len(x)):
         return dequantized_product(x, quantized, bias, scheme)
     from runtime.kernels.matmul import matmul
@@ -106,13 +124,18 @@ def _product(
     return (splitk if len(x) < SPLIT_K_BELOW else matmul)(x, quantized, bias, scheme)
 
 
-def in_format(packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int) -> Quantized:
+def in_fp8(group_size: int, matrix: Quantized) -> bool:
+    """Whether the fp8 tensor cores can take the codes of a matrix in kernel order as they are."""
+    return matrix.zero_point is None and (matrix.scale.shape[0] == 1 or group_size % FP8_COLUMNS == 0)
+
+
+def in_format(matrix: Quantized, columns: int) -> Quantized:
     """The format's tensors of a matrix in either order."""
-    if packed.dim() == 3:
+    if matrix.packed.dim() == 3:
         from runtime.repack import restore
 
-        return restore(packed, scale, columns)
-    return Quantized(packed, scale, zero_point)
+        return restore(matrix, columns)
+    return matrix
 
 
 def dequantized_product(x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme) -> Tensor:

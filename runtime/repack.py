@@ -3,13 +3,13 @@
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from formats.codec import Quantized
-from formats.layout import CODES_PER_WORD, ceil_div
+from formats.codec import Quantized, pack_zero_point, unpack_zero_point
+from formats.layout import CODE_MIN, CODES_PER_WORD, ceil_div
 
 BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_WORDS = 16, 64, 128  # of a block in kernel order
 TILE = 1024
+MAGIC = {torch.bfloat16: 0x4300, torch.float16: 0x6400}  # the bits of 128 and 1024
 
 
 @triton.jit
@@ -45,8 +45,11 @@ def restore_kernel(words_ptr, packed_ptr, words, column_blocks, size, TILE: tl.c
     tl.store(packed_ptr + at, packed, mask=at < size)
 
 
-def arrange(quantized: Quantized) -> tuple[Tensor, Tensor]:
-    """A symmetric matrix → words int32 [ceil(N/16), ceil(K/64), 128] in kernel order, and scales [G, N]."""
+def arrange(quantized: Quantized) -> Quantized:
+    """The format's tensors → kernel order: words int32 [ceil(N/16), ceil(K/64), 128], scales and zero points [G, N].
+
+    A zero point is the int16 with the bits of 128 (bf16) or 1024 (fp16) + its nibble, as the kernels compute with it.
+    """
     packed = quantized.packed.contiguous()
     rows, words = packed.shape
     row_blocks, column_blocks = ceil_div(rows, BLOCK_ROWS), ceil_div(words * CODES_PER_WORD, BLOCK_COLUMNS)
@@ -55,15 +58,23 @@ def arrange(quantized: Quantized) -> tuple[Tensor, Tensor]:
         arrange_kernel[(ceil_div(arranged.numel(), TILE),)](
             packed, arranged, rows, words, column_blocks, arranged.numel(), TILE
         )
-    return arranged, quantized.scale.T.contiguous()
+    zero = quantized.zero_point
+    if zero is not None:
+        nibbles = unpack_zero_point(zero, rows).T.to(torch.int16) - CODE_MIN
+        zero = (nibbles | MAGIC[quantized.scale.dtype]).contiguous()
+    return Quantized(arranged, quantized.scale.T.contiguous(), zero)
 
 
-def restore(arranged: Tensor, scale: Tensor, columns: int) -> Quantized:
+def restore(matrix: Quantized, columns: int) -> Quantized:
     """The inverse of `arrange` for a matrix of `columns` columns."""
-    rows, words = scale.shape[1], ceil_div(columns, CODES_PER_WORD)
+    arranged = matrix.packed.contiguous()
+    rows, words = matrix.scale.shape[1], ceil_div(columns, CODES_PER_WORD)
     packed = arranged.new_empty(rows, words)
     with torch.cuda.device_of(arranged):
         restore_kernel[(ceil_div(packed.numel(), TILE),)](
             arranged, packed, words, arranged.shape[1], packed.numel(), TILE
         )
-    return Quantized(packed, scale.T.contiguous(), None)
+    zero = matrix.zero_point
+    if zero is not None:
+        zero = pack_zero_point(((zero & 0xF) + CODE_MIN).to(torch.int8).T)
+    return Quantized(packed, matrix.scale.T.contiguous(), zero)

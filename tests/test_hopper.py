@@ -8,14 +8,18 @@ from formats.layout import Scheme
 
 pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
 
-from runtime.kernels import hopper
+from runtime.activations import to_fp8
+from runtime.kernels import hopper, hopper_fp8
 from runtime.repack import arrange
 
 hopper_only = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
 DTYPES = [torch.bfloat16, torch.float16]
-SCHEMES = [Scheme(-1), Scheme(64), Scheme(128), Scheme(256)]
+SCHEMES = [
+    Scheme(-1), Scheme(16), Scheme(32), Scheme(64), Scheme(128), Scheme(192), Scheme(256),
+    Scheme(-1, symmetric=False), Scheme(32, symmetric=False), Scheme(128, symmetric=False),
+]  # fmt: skip
 SHAPES = [(8, 8), (24, 200), (136, 1032), (2048, 2048), (1000, 4096)]
 
 
@@ -30,20 +34,31 @@ def check(
     bias: bool,
 ) -> None:
     x, quantized, b = operands(tokens, rows, columns, scheme, dtype, "cuda")
-    words, scale = arrange(quantized)
+    matrix = arrange(quantized)
     group = hopper.ONE_GROUP if scheme.groups(columns) == 1 else scheme.group_size
-    y = hopper.KERNELS[kernel](x, words, scale, b if bias else None, group, **options)
+    call = hopper.KERNELS[kernel]
+    y = call(x, matrix.packed, matrix.scale, matrix.zero_point, b if bias else None, group, **options)
     assert relative_error(y, x, quantized, b if bias else None, scheme) <= TOLERANCE[dtype]
 
 
 DECODE = [
-    {"rows": r, "warps": w, "buffers": b} for r, w, b in [(16, 4, 2), (16, 16, 3), (32, 8, 3), (64, 4, 3), (64, 8, 2)]
-]
+    {"rows": r, "warps": w, "step": s, "depth": d, "ring": ring, "splits": k, "registers": limit}
+    for r, w, s, d, ring, k, limit in [
+        (16, 4, 2, 4, 4, 1, 128), (16, 8, 2, 2, 0, 1, 255), (16, 4, 2, 4, 3, 2, 255), (32, 4, 2, 2, 2, 4, 255),
+        (32, 4, 1, 4, 0, 2, 255), (64, 4, 1, 2, 3, 1, 255),
+    ]
+]  # fmt: skip
 BATCH = [
-    {"tokens": t, "warps": w, "splits": s, "raster": 8, "buffers": 5}
-    for t, w, s in [(32, 4, 1), (64, 8, 2), (128, 4, 1), (128, 8, 1), (16, 4, 1)]
+    {"tokens": t, "warps": w, "splits": k, "raster": 8, "step": s, "buffers": b}
+    for t, w, k, s, b in [(32, 4, 1, 2, 3), (64, 8, 2, 1, 5), (128, 4, 1, 2, 3), (64, 4, 3, 4, 2), (16, 4, 1, 4, 3)]
 ]
-PREFILL = [{"tokens": t, "splits": s, "raster": 4, "buffers": b} for t, s, b in [(256, 1, 3), (128, 1, 6), (256, 2, 3)]]
+PREFILL = [
+    {"rows": r, "tokens": t, "consumers": c, "programs": p, "splits": k, "raster": 4, "step": s, "buffers": b}
+    for r, t, c, p, k, s, b in [
+        (128, 256, 2, 1, 1, 1, 4), (128, 128, 2, 1, 2, 2, 4), (256, 128, 2, 1, 1, 2, 3), (256, 64, 4, 1, 2, 4, 2),
+        (128, 64, 2, 2, 3, 2, 3), (128, 16, 2, 1, 1, 4, 4),
+    ]
+]  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -53,7 +68,7 @@ PREFILL = [{"tokens": t, "splits": s, "raster": 4, "buffers": b} for t, s, b in 
 @pytest.mark.parametrize("options", DECODE, ids=str)
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_decode_agrees_with_the_codec(rows: int, columns: int, options: dict[str, Any], dtype: torch.dtype) -> None:
-    for tokens, scheme in zip((1, 3, 8, 9, 16), [*SCHEMES, Scheme(128)], strict=True):
+    for tokens, scheme in zip((1, 2, 3, 5, 8, 9, 12, 13, 15, 16), SCHEMES, strict=True):
         check(tokens, rows, columns, scheme, dtype, "decode", options, bias=tokens % 2 == 1)
 
 
@@ -65,7 +80,7 @@ def test_decode_agrees_with_the_codec(rows: int, columns: int, options: dict[str
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_batch_agrees_with_the_codec(rows: int, columns: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     options = {**options, "splits": min(options["splits"], max(1, columns // 64))}
-    for tokens, scheme in zip((1, 17, 100, 129), SCHEMES, strict=True):
+    for tokens, scheme in zip((1, 16, 17, 64, 65, 100, 128, 129, 250, 300), SCHEMES, strict=True):
         check(tokens, rows, columns, scheme, dtype, "batch", options, bias=tokens % 2 == 1)
 
 
@@ -77,14 +92,47 @@ def test_batch_agrees_with_the_codec(rows: int, columns: int, options: dict[str,
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_prefill_agrees_with_the_codec(rows: int, columns: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     options = {**options, "splits": min(options["splits"], max(1, columns // 64))}
-    for tokens, scheme in zip((1, 100, 300, 1025), SCHEMES, strict=True):
+    for tokens, scheme in zip((1, 16, 63, 128, 129, 256, 300, 511, 700, 1025), SCHEMES, strict=True):
         check(tokens, rows, columns, scheme, dtype, "prefill", options, bias=tokens % 2 == 1)
 
 
 @pytest.mark.gpu
 @hopper_only
+def test_tokens_are_rounded_to_fp8_as_defined() -> None:
+    x = torch.randn(37, 200, device="cuda").bfloat16() * torch.logspace(-6, 6, 37, device="cuda")[:, None].bfloat16()
+    x[5] = 0
+    codes, scale = hopper_fp8.quantize_tokens(x)
+    expected, expected_scale = to_fp8(x)
+    place = torch.arange(codes.shape[1], device="cuda")
+    column = place // 16 * 16 + place % 16 // 4 * 2 + place % 4 // 2 * 8 + place % 2
+    filled = torch.nn.functional.pad(expected.view(torch.uint8), (0, codes.shape[1] - 200))
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(codes.view(torch.uint8), filled[:, column])
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{"tokens": 256, "raster": 8, "buffers": 4}, {"tokens": 128, "raster": 4, "buffers": 6}])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_fp8_multiplies_the_rounded_tokens(rows: int, columns: int, options: dict[str, int], dtype: torch.dtype) -> None:
+    for tokens, scheme in zip((1, 100, 300, 513), (Scheme(-1), Scheme(64), Scheme(128), Scheme(192)), strict=True):
+        x, quantized, bias = operands(tokens, rows, columns, scheme, dtype, "cuda")
+        matrix = arrange(quantized)
+        group = hopper.ONE_GROUP if scheme.groups(columns) == 1 else scheme.group_size
+        y = hopper_fp8.fp8(x, matrix.packed, matrix.scale, None, bias, group, **options)
+        codes, scale = to_fp8(x)
+        rounded = codes.double() * scale.double()[:, None]
+        assert relative_error(y, rounded, quantized, bias, scheme) <= TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@hopper_only
 def test_prefill_splits_only_what_follows_whole_waves() -> None:
-    options = {"tokens": 256, "splits": 3, "raster": 4, "buffers": 3}
+    options = {
+        "rows": 128, "tokens": 256, "consumers": 2, "programs": 1, "splits": 3, "raster": 4, "step": 1, "buffers": 4,
+    }  # fmt: skip
     check(512, 128 * 100, 1024, Scheme(128), torch.bfloat16, "prefill", options, bias=True)
 
 
@@ -93,9 +141,9 @@ def test_prefill_splits_only_what_follows_whole_waves() -> None:
 @pytest.mark.parametrize("tokens", [1, 16, 100, 700])
 def test_every_run_gives_the_same_bits(tokens: int) -> None:
     x, quantized, _ = operands(tokens, 4096, 8192, Scheme(128), torch.bfloat16, "cuda")
-    words, scale = arrange(quantized)
-    first = hopper.hopper_product(x, words, scale, None, Scheme(128))
-    assert all(torch.equal(first, hopper.hopper_product(x, words, scale, None, Scheme(128))) for _ in range(20))
+    matrix = arrange(quantized)
+    first = hopper.hopper_product(x, matrix, None, 128)
+    assert all(torch.equal(first, hopper.hopper_product(x, matrix, None, 128)) for _ in range(20))
 
 
 @pytest.mark.gpu
@@ -103,15 +151,15 @@ def test_every_run_gives_the_same_bits(tokens: int) -> None:
 def test_a_chain_of_calls_waits_for_its_inputs() -> None:
     # Programmatic dependent launch: a kernel starts before the one that makes its input has ended.
     x, quantized, _ = operands(4, 2048, 2048, Scheme(128), torch.bfloat16, "cuda")
-    words, scale = arrange(quantized)
+    matrix = arrange(quantized)
     expected = x
     for _ in range(6):
-        expected = hopper.hopper_product(expected, words, scale, None, Scheme(128))
+        expected = hopper.hopper_product(expected, matrix, None, 128)
         expected = expected / expected.norm()
         torch.cuda.synchronize()
     found = x
     for _ in range(6):
-        found = hopper.hopper_product(found, words, scale, None, Scheme(128))
+        found = hopper.hopper_product(found, matrix, None, 128)
         found = found / found.norm()
     assert torch.equal(found, expected)
 

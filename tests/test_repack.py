@@ -9,11 +9,14 @@ SHAPES = [(16, 64), (37, 172), (100, 200), (1, 8)]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def quantized(rows: int, columns: int, device: str) -> codec.Quantized:
+def quantized(rows: int, columns: int, device: str, *, symmetric: bool = True) -> codec.Quantized:
     generator = torch.Generator().manual_seed(rows)
     codes = torch.randint(-8, 8, (rows, columns), generator=generator, dtype=torch.int8)
+    zero = torch.randint(-8, 8, (rows, 3), generator=generator, dtype=torch.int8)
     return codec.Quantized(
-        codec.pack(codes).to(device), torch.rand(rows, 3, generator=generator).bfloat16().to(device), None
+        codec.pack(codes).to(device),
+        torch.rand(rows, 3, generator=generator).bfloat16().to(device),
+        None if symmetric else codec.pack_zero_point(zero).to(device),
     )
 
 
@@ -40,17 +43,29 @@ def test_kernel_order_is_that_of_the_drawing(rows: int, columns: int, device: st
     if device == "cpu" and torch.cuda.is_available():
         pytest.skip("the interpreter stands in for a GPU")
     matrix = quantized(rows, columns, device)
-    words, scale = repack.arrange(matrix)
-    assert torch.equal(words.cpu(), naive(matrix.packed.cpu(), columns))
-    assert torch.equal(scale, matrix.scale.T)
+    arranged = repack.arrange(matrix)
+    assert torch.equal(arranged.packed.cpu(), naive(matrix.packed.cpu(), columns))
+    assert torch.equal(arranged.scale, matrix.scale.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_zero_points_lie_in_the_mantissa_of_a_power_of_two(dtype: torch.dtype) -> None:
+    matrix = quantized(37, 172, "cuda" if torch.cuda.is_available() else "cpu", symmetric=False)
+    matrix = codec.Quantized(matrix.packed, matrix.scale.to(dtype), matrix.zero_point)
+    zero = repack.arrange(matrix).zero_point
+    assert zero is not None
+    assert matrix.zero_point is not None
+    base = {torch.bfloat16: 128, torch.float16: 1024}[dtype]
+    assert torch.equal(zero.view(dtype).float() - base - 8, codec.unpack_zero_point(matrix.zero_point, 37).T.float())
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (2048, 1032)])
-def test_restore_inverts_arrange(rows: int, columns: int, device: str) -> None:
+def test_restore_inverts_arrange(rows: int, columns: int, symmetric: bool, device: str) -> None:
     if device == "cpu" and torch.cuda.is_available():
         pytest.skip("the interpreter stands in for a GPU")
-    matrix = quantized(rows, columns, device)
-    restored = repack.restore(*repack.arrange(matrix), columns)
+    matrix = quantized(rows, columns, device, symmetric=symmetric)
+    restored = repack.restore(repack.arrange(matrix), columns)
     assert torch.equal(restored.packed, matrix.packed)
-    assert torch.equal(restored.scale, matrix.scale)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(restored.tensors(), matrix.tensors(), strict=True))

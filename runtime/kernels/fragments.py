@@ -17,24 +17,28 @@ from triton.experimental.gluon import language as gl
 ROWS, COLUMNS, WORDS = 16, 64, 128  # of a block
 
 
-def _unpacking(magic: int, offset: int, kind: str, *, scaled: bool) -> str:
-    """PTX from a word (and the scales of its two rows, each twice in a register) to eight weights."""
+def _unpacking(magic: int, offset: int | None, kind: str, *, scaled: bool) -> str:
+    """PTX from a word to eight weights; $9 and $10 are the scales of its two rows, $11 and $12 their offsets."""
     lines = [f"lop3.b32 a0, $8, 0x000f000f, {magic:#010x}, 0xea;"]
     for i in range(1, 4):
         lines += [f"shr.u32 t, $8, {4 * i};", f"lop3.b32 a{i}, t, 0x000f000f, {magic:#010x}, 0xea;"]
-    lines.append(f"mov.b32 t, {offset:#010x};")
-    lines += [f"sub.{kind} a{i}, a{i}, t;" for i in range(4)]
+    if offset is not None:
+        lines.append(f"mov.b32 t, {offset:#010x};")
+    lines += [f"sub.{kind} a{i}, a{i}, {'t' if offset is not None else f'${11 + i % 2}'};" for i in range(4)]
     if scaled:
         lines += [f"mul.{kind} a{i}, a{i}, ${9 + i % 2};" for i in range(4)]
     lines += [f"mov.b32 {{${2 * i},${2 * i + 1}}}, a{i};" for i in range(4)]
     return "{\n.reg .b32 t, a0, a1, a2, a3;\n" + "\n".join(lines) + "\n}"
 
 
-# 128 + nibble − 136 in bf16, 1024 + nibble − 1032 in fp16: exact in both.
-CODES_BF16 = gl.constexpr(_unpacking(0x43004300, 0x43084308, "bf16x2", scaled=False))
-CODES_FP16 = gl.constexpr(_unpacking(0x64006400, 0x64086408, "f16x2", scaled=False))
-WEIGHTS_BF16 = gl.constexpr(_unpacking(0x43004300, 0x43084308, "bf16x2", scaled=True))
-WEIGHTS_FP16 = gl.constexpr(_unpacking(0x64006400, 0x64086408, "f16x2", scaled=True))
+# 128 + nibble − 136 in bf16, 1024 + nibble − 1032 in fp16: exact in both; so is the difference of two nibbles.
+MAGIC_BF16, MAGIC_FP16 = 0x43004300, 0x64006400
+CODES_BF16 = gl.constexpr(_unpacking(MAGIC_BF16, 0x43084308, "bf16x2", scaled=False))
+CODES_FP16 = gl.constexpr(_unpacking(MAGIC_FP16, 0x64086408, "f16x2", scaled=False))
+WEIGHTS_BF16 = gl.constexpr(_unpacking(MAGIC_BF16, 0x43084308, "bf16x2", scaled=True))
+WEIGHTS_FP16 = gl.constexpr(_unpacking(MAGIC_FP16, 0x64086408, "f16x2", scaled=True))
+SHIFTED_BF16 = gl.constexpr(_unpacking(MAGIC_BF16, None, "bf16x2", scaled=True))
+SHIFTED_FP16 = gl.constexpr(_unpacking(MAGIC_FP16, None, "f16x2", scaled=True))
 
 
 @gluon.constexpr_function
@@ -45,6 +49,7 @@ def eight(dtype):
 
 EIGHT_OF_ONE = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r")
 EIGHT_OF_THREE = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r")
+EIGHT_OF_FIVE = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r")
 
 
 @gluon.jit
@@ -69,6 +74,58 @@ def weights_of(words, scale, scale_8, dtype: gl.constexpr):
     types: gl.constexpr = eight(dtype)
     operands = [words, scale, scale_8]
     return _joined(gl.inline_asm_elementwise(asm, EIGHT_OF_THREE, operands, dtype=types, is_pure=True, pack=1))
+
+
+@gluon.jit
+def shifted_weights_of(words, scale, scale_8, zero, zero_8, dtype: gl.constexpr):
+    """As `weights_of`, with the zero points of rows g and g + 8, each twice in an int32, as 128 (or 1024) + nibble."""
+    asm: gl.constexpr = SHIFTED_BF16 if dtype == gl.bfloat16 else SHIFTED_FP16
+    types: gl.constexpr = eight(dtype)
+    operands = [words, scale, scale_8, zero, zero_8]
+    return _joined(gl.inline_asm_elementwise(asm, EIGHT_OF_FIVE, operands, dtype=types, is_pure=True, pack=1))
+
+
+FP8 = gl.constexpr("""{
+.reg .b32 index, sign, p, n, low, high;
+and.b32 index, $2, 0x77777777;
+not.b32 sign, $2;
+shr.u32 sign, sign, 1;
+lop3.b32 sign, sign, 0x44444444, 0x32103210, 0xea;
+prmt.b32 p, 0x44403800, 0x4E4C4A48, index;
+prmt.b32 n, 0xCACCCED0, 0xB8C0C4C8, index;
+prmt.b32 low, p, n, sign;
+shr.u32 index, index, 16;
+shr.u32 sign, sign, 16;
+prmt.b32 p, 0x44403800, 0x4E4C4A48, index;
+prmt.b32 n, 0xCACCCED0, 0xB8C0C4C8, index;
+prmt.b32 high, p, n, sign;
+prmt.b32 $0, low, high, 0x6240;
+prmt.b32 $1, low, high, 0x7351;
+}""")  # p: codes 0 … 7 by the low three bits of four nibbles, n: codes −8 … −1; bit 3 chooses
+
+
+@gluon.constexpr_function
+def with_eight(layout):
+    """The layout of words, with the eight codes of each in two more dimensions: row + 8, column."""
+    longer = [[*base, 0, 0] for base in layout.reg_bases]
+    zeros = [0] * len(layout.shape)
+    return gl.DistributedLinearLayout(
+        [[*zeros, 0, 1], [*zeros, 0, 2], [*zeros, 1, 0], *longer], [[*base, 0, 0] for base in layout.lane_bases],
+        [[*base, 0, 0] for base in layout.warp_bases], [], [*layout.shape, 2, 4],
+    )  # fmt: skip
+
+
+@gluon.jit
+def codes_in_fp8(words):
+    """Words → their codes [..., 2, 4] in e4m3: row + 8; columns 2c, 2c + 1, 2c + 8, 2c + 9."""
+    layout: gl.constexpr = with_eight(words.type.layout)
+    RANK: gl.constexpr = len(words.shape)
+    words = gl.convert_layout(words, gl.SliceLayout(RANK, gl.SliceLayout(RANK + 1, layout)), assert_trivial=True)
+    words = gl.expand_dims(gl.expand_dims(words, RANK), RANK + 1)
+    SHAPE: gl.constexpr = layout.shape
+    words += gl.zeros(SHAPE, gl.int32, layout=layout)
+    codes = gl.inline_asm_elementwise(FP8, "=r,=r,r,r,r,r,r,r,r,r", [words], dtype=gl.int8, is_pure=True, pack=8)
+    return codes.to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit

@@ -1,16 +1,44 @@
-"""What the wgmma kernels share: the order of tiles, weights from memory to operand registers, sums of split tiles."""
+"""What the wgmma kernels share: the order of tiles, a step's way to shared memory and registers, sums of split tiles.
+
+A step is STEP blocks of 64 columns. The copy engine brings its words, scales and tokens into a slot of a ring and
+counts the bytes on the slot's barrier. With SCALES groups in a step, and tiles of PARTS · ROWS rows:
+
+    words           [BUFFERS · PARTS · STEP, ROWS / 16, 4, 32] int32     in kernel order, see `fragments`
+    scales, zeros   [BUFFERS · SCALES, PARTS · ROWS] 16 bits
+    tokens          [BUFFERS · boxes, TOKENS, columns of a box]
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from runtime.kernels.fragments import release_successor, wait_for_predecessor, weights_of
+from runtime.kernels.copies import box_to_shared
+from runtime.kernels.fragments import release_successor, shifted_weights_of, wait_for_predecessor, weights_of
+from runtime.kernels.launch import Box, Launcher
 
-GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
+ROWS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=1)
 REDUCE_ROWS, REDUCE_TOKENS = 64, 32
+
+
+class Ring(NamedTuple):
+    """Where the steps come from, and their slots in shared memory with the barriers that count their bytes."""
+
+    x_desc: Any
+    words_desc: Any
+    scale_desc: Any
+    zero_desc: Any
+    x: Any
+    words: Any
+    scales: Any
+    zeros: Any
+    ready: Any
 
 
 @gluon.jit
@@ -23,60 +51,178 @@ def place_of(tile, M, row_tiles, TOKENS: gl.constexpr, RASTER: gl.constexpr):
     return first + within % height, within // height
 
 
-@gluon.jit
-def box_of(first_token, k, end, column_blocks):
-    """Where the tokens of step `k` begin; from `end` on past the matrix, where the copy engine reads zeros."""
-    return [first_token, gl.where(k < end, k, column_blocks) * 64]
+@gluon.constexpr_function
+def scales_in(step, group):
+    """Rows of scales for a step of blocks of 64 columns: one for each stretch that no border of a group cuts."""
+    stretch = 64 * step
+    while group % stretch:
+        stretch //= 2
+    return 64 * step // stretch
 
 
 @gluon.jit
-def fetch(words_at, scale_at, scale_8_at, k, end, N, GROUP: gl.constexpr):
-    """Words and scales of column block `k` (or the last before `end`); each scale twice in an int32."""
-    k = gl.minimum(k, end - 1)
-    group = k * 64 // GROUP * N
-    scale = gl.load(scale_at + group).to(gl.int32) * 0x10001
-    scale_8 = gl.load(scale_8_at + group).to(gl.int32) * 0x10001
-    return gl.load(words_at + k * 128), scale, scale_8
+def expect_step(ring, slot, HAS_ZERO: gl.constexpr, BUFFERS: gl.constexpr):
+    """Tell the barrier of `slot` how many bytes a step has."""
+    BYTES: gl.constexpr = (
+        ring.x.type.shape[0] // BUFFERS * ring.x_desc.block_type.nbytes
+        + ring.words.type.shape[0] // BUFFERS * ring.words_desc.block_type.nbytes
+        + ring.scales.type.shape[0] // BUFFERS * ring.scale_desc.block_type.nbytes * (2 if HAS_ZERO else 1)
+    )
+    mbarrier.expect(ring.ready.index(slot), BYTES)
+
+
+@gluon.jit
+def bring_weights(
+    ring, slot, row_tile, k, N, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr
+):
+    """Words, scales and zero points of the step from column block `k` on → `slot` of the ring."""
+    BLOCKS: gl.constexpr = ring.words_desc.block_type.shape[0]
+    BOXES: gl.constexpr = 4 * STEP // ring.words_desc.block_type.shape[1]
+    PARTS: gl.constexpr = ring.words.type.shape[0] // (BUFFERS * BOXES)
+    SCALES: gl.constexpr = ring.scales.type.shape[0] // BUFFERS
+    barrier = ring.ready.index(slot)
+    for part in gl.static_range(PARTS):
+        for i in gl.static_range(BOXES):
+            box = [(row_tile * PARTS + part) * BLOCKS, k * 4 + i * (4 * STEP // BOXES), 0]
+            box_to_shared(ring.words_desc, box, barrier, ring.words.index((slot * PARTS + part) * BOXES + i))
+    for i in gl.static_range(SCALES):
+        first = (k * 64 + i * (64 * STEP // SCALES)) // GROUP * N + row_tile * (16 * BLOCKS * PARTS)
+        box_to_shared(ring.scale_desc, [first], barrier, ring.scales.index(slot * SCALES + i))
+        if HAS_ZERO:
+            box_to_shared(ring.zero_desc, [first], barrier, ring.zeros.index(slot * SCALES + i))
+
+
+@gluon.jit
+def bring_tokens(ring, slot, first_token, k, end, column_blocks, BUFFERS: gl.constexpr):
+    """Tokens of the step from column block `k` on → `slot`; from block `end` on zeros, from beyond the matrix."""
+    BOXES: gl.constexpr = ring.x.type.shape[0] // BUFFERS
+    for i in gl.static_range(BOXES):
+        block = k + i * (ring.x_desc.block_type.shape[1] // 64)
+        block = gl.where(block < end, block, column_blocks)
+        box_to_shared(ring.x_desc, [first_token, block * 64], ring.ready.index(slot), ring.x.index(slot * BOXES + i))
+
+
+@gluon.jit
+def produce(order, ring, free, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr):
+    """Bring every step as soon as the consumers have left its slot of the ring."""
+    row_tile, first_token, begin, end, N, column_blocks = order
+    steps = gl.cdiv(end - begin, STEP)
+    ahead = gl.minimum(steps, BUFFERS)
+    for step in range(ahead):  # weights do not wait for the kernel before
+        expect_step(ring, step, HAS_ZERO, BUFFERS)
+        bring_weights(ring, step, row_tile, begin + step * STEP, N, GROUP, HAS_ZERO, STEP, BUFFERS)
+    wait_for_predecessor()
+    for step in range(ahead):
+        bring_tokens(ring, step, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
+    for step in range(ahead, steps):
+        slot = step % BUFFERS
+        mbarrier.wait(free.index(slot), (step // BUFFERS & 1) ^ 1)
+        expect_step(ring, slot, HAS_ZERO, BUFFERS)
+        bring_weights(ring, slot, row_tile, begin + step * STEP, N, GROUP, HAS_ZERO, STEP, BUFFERS)
+        bring_tokens(ring, slot, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
 
 
 @gluon.constexpr_function
-def fragment_layout(warps):
-    """The layout of words [warps, g, c, t] as `fragments` draws it: a block a warp, four words a lane."""
-    warp_bases = [[1 << i, 0, 0, 0] for i in range(warps.bit_length() - 1)]
-    lane_bases = [[0, 0, 1, 0], [0, 0, 2, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]]
+def doublings(first, count):
+    """first, 2 · first, 4 · first, … below first · count."""
+    return [first << i for i in range(count.bit_length() - 1)]
+
+
+@gluon.constexpr_function
+def words_layout(warps):
+    """Words [blocks, 4 · step, 32]: a block a warp, four words a lane."""
+    return gl.BlockedLayout([1, 1, 4], [1, 4, 8], [warps, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def fragment_layout(blocks, step, warps):
+    """The same words [blocks, step, g, c, t] as `fragments` draws them."""
+    across = [[b, 0, 0, 0, 0] for b in doublings(warps, blocks // warps)]
+    along = [[0, b, 0, 0, 0] for b in doublings(1, step)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 0, 1], [0, 0, 0, 2]], lane_bases=lane_bases, warp_bases=warp_bases, block_bases=[],
-        shape=[warps, 8, 4, 4],
+        reg_bases=[[0, 0, 0, 0, 1], [0, 0, 0, 0, 2], *along, *across],
+        lane_bases=[[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 0, 4, 0, 0]],
+        warp_bases=[[b, 0, 0, 0, 0] for b in doublings(1, warps)], block_bases=[], shape=[blocks, step, 8, 4, 4],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def rows_layout(blocks, warps):
+    """Values of rows [16 · blocks] beside the words: a lane has rows g and 8 + g of its blocks."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[8], *([16 * b] for b in doublings(warps, blocks // warps))],
+        lane_bases=[[0], [0], [1], [2], [4]],
+        warp_bases=[[16 * b] for b in doublings(1, warps)], block_bases=[], shape=[16 * blocks],
     )  # fmt: skip
 
 
 @gluon.jit
-def weight_pointers(words_ptr, scale_ptr, row_block, row_blocks, column_blocks, N, WARPS: gl.constexpr):
-    """Pointers to the words [WARPS, 128] of row blocks from `row_block` on, and to the scales of rows g and g + 8."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
-    block = row_block + gl.arange(0, WARPS, gl.SliceLayout(1, layout))
-    start = gl.minimum(block, row_blocks - 1).to(gl.int64) * column_blocks * 128
-    words_at = words_ptr + start[:, None] + gl.arange(0, 128, gl.SliceLayout(0, layout))[None, :]
-    rows: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, fragment_layout(WARPS)))
-    block = row_block + gl.arange(0, WARPS, gl.SliceLayout(1, rows))
-    row = block[:, None] * 16 + gl.arange(0, 8, gl.SliceLayout(0, rows))[None, :]
-    return words_at, scale_ptr + gl.minimum(row, N - 1), scale_ptr + gl.minimum(row + 8, N - 1)
+def of_rows(values, first, part: gl.constexpr, SCALES: gl.constexpr, FRAGMENT: gl.constexpr):
+    """Scales or zero points of one block of columns, from index `first` on, for rows g and 8 + g.
+
+    Both are int32 with each value twice, to meet the words [blocks, 1, g, c, t]; a t has its own value if SCALES > 1.
+    """
+    BLOCKS: gl.constexpr = FRAGMENT.shape[0]
+    layout: gl.constexpr = rows_layout(BLOCKS, 1 << len(FRAGMENT.warp_bases))
+    if SCALES == 1:
+        both = values.index(first).slice(part * 16 * BLOCKS, 16 * BLOCKS).load(layout).to(gl.int32) * 0x10001
+        low, high = gl.split(gl.permute(gl.reshape(both, [BLOCKS, 2, 8]), (0, 2, 1)))
+        same: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, FRAGMENT)))
+        low = gl.expand_dims(gl.convert_layout(low, same, assert_trivial=True), 1)
+        high = gl.expand_dims(gl.convert_layout(high, same, assert_trivial=True), 1)
+        return gl.expand_dims(gl.expand_dims(low, 3), 4), gl.expand_dims(gl.expand_dims(high, 3), 4)
+    else:
+        four = ()
+        for t in gl.static_range(4):
+            four += (values.index(first + t * SCALES // 4).slice(part * 16 * BLOCKS, 16 * BLOCKS).load(layout),)
+        both = gl.join(gl.join(four[0], four[2]), gl.join(four[1], four[3])).to(gl.int32) * 0x10001
+        low, high = gl.split(gl.permute(gl.reshape(both, [BLOCKS, 2, 8, 4]), (0, 2, 3, 1)))
+        each: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, FRAGMENT))
+        low = gl.expand_dims(gl.convert_layout(low, each, assert_trivial=True), 1)
+        high = gl.expand_dims(gl.convert_layout(high, each, assert_trivial=True), 1)
+        return gl.expand_dims(low, 3), gl.expand_dims(high, 3)
 
 
 @gluon.jit
-def operand(words, scale, scale_8, LAYOUT: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr):
-    """Words [WARPS, 128] and scales [WARPS, 8] → weights [16 · WARPS, 64] in the registers where wgmma reads them."""
-    words = gl.convert_layout(gl.reshape(words, [WARPS, 8, 4, 4]), fragment_layout(WARPS), assert_trivial=True)
-    scale = gl.expand_dims(gl.expand_dims(scale, 2), 3)
-    scale_8 = gl.expand_dims(gl.expand_dims(scale_8, 2), 3)
-    weights = weights_of(words, scale, scale_8, DTYPE)  # warp g c t · neighbour e j
-    weights = gl.permute(weights, (0, 5, 1, 3, 6, 2, 4))  # warp e g | t j c neighbour
-    return gl.convert_layout(gl.reshape(weights, [16 * WARPS, 64]), LAYOUT, assert_trivial=True)
+def operand(ring, slot, i: gl.constexpr, part: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
+            HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr):  # fmt: skip
+    """Weights [ROWS, 64] of one part of the tile and block `i` of a step, in the registers where wgmma reads them."""
+    BLOCKS: gl.constexpr = ring.words.type.shape[1]
+    PARTS: gl.constexpr = ring.words.type.shape[0] // (BUFFERS * STEP)
+    IN_STEP: gl.constexpr = ring.scales.type.shape[0] // BUFFERS
+    SCALES: gl.constexpr = max(1, IN_STEP // STEP)
+    WARPS: gl.constexpr = LAYOUT.parent.warps_per_cta[0]
+    fragment: gl.constexpr = fragment_layout(BLOCKS, 1, WARPS)
+    codes = ring.words.index((slot * PARTS + part) * STEP + i).load(words_layout(WARPS))
+    codes = gl.convert_layout(gl.reshape(codes, [BLOCKS, 1, 8, 4, 4]), fragment, assert_trivial=True)
+    first = slot * IN_STEP + i * IN_STEP // STEP
+    scale, scale_8 = of_rows(ring.scales, first, part, SCALES, fragment)
+    if HAS_ZERO:
+        zero, zero_8 = of_rows(ring.zeros, first, part, SCALES, fragment)
+        weights = shifted_weights_of(codes, scale, scale_8, zero, zero_8, DTYPE)
+    else:
+        weights = weights_of(codes, scale, scale_8, DTYPE)  # block 1 g c t · neighbour e j
+    weights = gl.permute(weights, (0, 6, 1, 2, 4, 7, 3, 5))  # block e 1 g | t j c neighbour
+    return gl.convert_layout(gl.reshape(weights, [16 * BLOCKS, 64]), LAYOUT, assert_trivial=True)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit
+def multiply_step(
+    total, ring, slot, part: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr
+):
+    """Add the product of the step in `slot`; each block is unpacked while the tensor cores work on the one before."""
+    left: gl.constexpr = gl.DotOperandLayout(0, total.type.layout, 2)
+    unpacked = ()
+    for i in gl.static_range(STEP):
+        weights = operand(ring, slot, i, part, left, ring.x.dtype, HAS_ZERO, STEP, BUFFERS)
+        total = warpgroup_mma(weights, ring.x.index(slot * STEP + i).permute((1, 0)), total, is_async=True)
+        unpacked += (weights,)
+    return warpgroup_mma_wait(0, deps=(total,) + unpacked)[0]
+
+
+@gluon.jit(do_not_specialize=["whole", "M", "eighths"], do_not_specialize_on_alignment=["bias_ptr"])
 def reduce_kernel(
-    partial_ptr, bias_ptr, y_ptr, whole, M, N, row_tiles,
+    partial_ptr, bias_ptr, y_ptr, whole, M, eighths,
     HAS_BIAS: gl.constexpr, ROWS: gl.constexpr, TOKENS: gl.constexpr, SPLITS: gl.constexpr, RASTER: gl.constexpr,
     BLOCK_ROWS: gl.constexpr, BLOCK_TOKENS: gl.constexpr,
 ):  # fmt: skip
@@ -84,8 +230,9 @@ def reduce_kernel(
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     out: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     release_successor()
+    N = eighths * 8  # so that the compiler knows that rows of y start at 16 bytes
     tile = gl.program_id(0)
-    row_tile, token_tile = place_of(whole + tile, M, row_tiles, TOKENS, RASTER)
+    row_tile, token_tile = place_of(whole + tile, M, gl.cdiv(N, ROWS), TOKENS, RASTER)
     first_row, first_token = gl.program_id(1) * BLOCK_ROWS, gl.program_id(2) * BLOCK_TOKENS
     row = first_row + gl.arange(0, BLOCK_ROWS, gl.SliceLayout(1, layout))
     token = first_token + gl.arange(0, BLOCK_TOKENS, gl.SliceLayout(0, layout))
@@ -102,21 +249,49 @@ def reduce_kernel(
     gl.store(y_ptr + token.to(gl.int64) * N + row, y.to(y_ptr.dtype.element_ty), mask=(token < M) & (row < N))
 
 
+launch_reduce = Launcher(reduce_kernel)
+
+
 def reduce_tiles(
     partial: Tensor, bias: Tensor | None, y: Tensor, tiles: int, whole: int, *,
     rows: int, tokens: int, splits: int, raster: int,
 ) -> None:  # fmt: skip
     """Finish the last `tiles` tiles of y [M, N], which follow `whole` unsplit ones."""
     block_tokens = min(REDUCE_TOKENS, tokens)
-    grid = (tiles, rows // REDUCE_ROWS, tokens // block_tokens)
-    reduce_kernel[grid](
-        partial, y if bias is None else bias, y, whole, *y.shape, triton.cdiv(y.shape[1], rows),
-        HAS_BIAS=bias is not None, ROWS=rows, TOKENS=tokens, SPLITS=splits, RASTER=raster,
-        BLOCK_ROWS=REDUCE_ROWS, BLOCK_TOKENS=block_tokens, num_warps=4, launch_pdl=True,
-    )  # fmt: skip
+    block_rows = min(REDUCE_ROWS, rows)
+    constants = {
+        "HAS_BIAS": bias is not None, "ROWS": rows, "TOKENS": tokens, "SPLITS": splits, "RASTER": raster,
+        "BLOCK_ROWS": block_rows, "BLOCK_TOKENS": block_tokens,
+    }  # fmt: skip
+    grid = (tiles, rows // block_rows, tokens // block_tokens)
+    args = (partial, y if bias is None else bias, y, whole, y.shape[0], y.shape[1] // 8)
+    launch_reduce(grid, y, args, constants, num_warps=4)
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def swizzled(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """The layout of boxes [rows, columns] that the tensor cores read."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], GL_DTYPES[dtype])
+
+
+def box(matrix: Tensor, rows: int, columns: int) -> Box:
     """For the copy engine: boxes [rows, columns] of a contiguous matrix, swizzled in shared memory."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], GL_DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+    height, width = matrix.shape
+    return Box(matrix, (height, width), (width, 1), [rows, columns], swizzled(rows, columns, matrix.dtype))
+
+
+def words_box(words: Tensor, rows: int, blocks: int = 1) -> Box:
+    """For the copy engine: `rows` rows of `blocks` blocks of columns."""
+    height, width = words.shape[0], words.shape[1] * 4
+    return Box(words, (height, width, 32), (width * 32, 32, 1), [rows // 16, 4 * blocks, 32], WORDS_LAYOUT)
+
+
+def rows_box(values: Tensor, rows: int) -> Box:
+    """For the copy engine: the scales or zero points of `rows` rows of a group."""
+    return Box(values.view(torch.uint16), (values.numel(),), (1,), [rows], ROWS_LAYOUT)
