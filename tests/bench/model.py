@@ -7,7 +7,6 @@ Run: PYTHONPATH=.:tests:tests/bench python tests/bench/model.py [--size 8b] [--o
 """
 
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import tables
 import torch
 from products import distance
 from random_checkpoint import COMMON, SIZES
@@ -214,8 +214,8 @@ def measure_decode(models: Models, batch: int, *others: str) -> Iterator[Row]:
 
 
 def measure_host(models: Models) -> Row:
-    """Microseconds that the host spends on a call of the first linear layer with one token."""
-    layers = {name: getattr(models, name).model.layers[0].self_attn.q_proj for name in ("bf16", "int4")}
+    """Microseconds that the host spends on a call of the first linear layer, on its own, with one token."""
+    layers = {name: copy.deepcopy(getattr(models, name).model.layers[0].self_attn.q_proj) for name in ("bf16", "int4")}
     x = torch.randn(1, 1, models.bf16.config.hidden_size, dtype=torch.bfloat16, device=models.bf16.device)
 
     def calls(layer: nn.Module) -> None:
@@ -266,7 +266,7 @@ def line(row: Row, limit: float) -> str:
     else:
         cells += [""] * 4
     cells.append("" if row.rel_error is None else f"{row.rel_error:.1e}")
-    return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
+    return tables.line(COLUMNS, cells)
 
 
 @click.command(help=__doc__)
@@ -287,14 +287,13 @@ def main(
     int4 = int4_of(bf16, group_size, activations)
     name = torch.cuda.get_device_name() if device == "cuda" else device
     print(f"{name}, torch {torch.__version__}, {size}, G = {group_size}, {activations} activations, last logits only")
-    print(" ".join(f"{title:>{width}}" for title, width in COLUMNS.items()))
+    print(tables.line(COLUMNS))
     rows = []
     for row in measure(Models(bf16, int4, judge_of(int4)), only, *others):
         rows.append(row)
         print(line(row, MAX_ERROR[activations]), flush=True)
-    if json_file is not None:
-        about = {"size": size, "group": group_size, "activations": activations}
-        json_file.write_text("[\n" + ",\n".join(json.dumps({**about, **row.record()}) for row in rows) + "\n]\n")
+    about = {"size": size, "group": group_size, "activations": activations}
+    tables.write(json_file, ({**about, **row.record()} for row in rows))
     sys.exit(not all(row.rel_error is None or row.rel_error <= MAX_ERROR[activations] for row in rows))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def copies_for(nbytes: int) -> int:
 class Captured:
     """A call as a CUDA graph: each call of it replays the graph and gives the result that the replay wrote anew."""
 
-    def __init__(self, call: Callable[[], torch.Tensor | None]) -> None:
+    def __init__(self, call: Callable[[], Any]) -> None:
         synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             call()  # what compiles or loads cannot be captured
@@ -28,12 +29,12 @@ class Captured:
         with torch.cuda.graph(self.graph):
             self.result = call()
 
-    def __call__(self) -> torch.Tensor | None:
+    def __call__(self) -> Any:
         self.graph.replay()
         return self.result
 
 
-def graph_time(calls: Sequence[Callable[[], torch.Tensor]]) -> float:
+def graph_time(calls: Sequence[Callable[[], object]]) -> float:
     """Median microseconds of one of `calls`, which all do the same on different copies."""
 
     def one_after_another() -> None:
