@@ -258,8 +258,8 @@ COLUMNS = {
 def line(row: Row, limit: float) -> str:
     """The row for people, without the speed of a wrong result."""
     right = row.rel_error is None or row.rel_error <= limit
-    cells = [row.section, row.mode, row.batch or "", row.tokens or "", f"{row.bf16:.3f}", f"{row.int4:.3f}", row.unit,
-             f"{row.ratio:.2f}" if right else "WRONG"]  # fmt: skip
+    cells = [row.section, row.mode, row.batch or "", row.tokens or "", f"{row.bf16:.3f}",
+             f"{row.int4:.3f}" if right else "", row.unit, f"{row.ratio:.2f}" if right else "WRONG"]  # fmt: skip
     if row.flops and right:
         cells += [f"{row.tokens_per_second(milliseconds):.0f}" for milliseconds in (row.bf16, row.int4)]
         cells += [f"{row.flops / row.int4 / 1e9:.0f}", f"{row.nbytes / row.int4 / 1e6:.0f}"]
