@@ -8,7 +8,7 @@ Run: PYTHONPATH=.:tests:tests/bench python tests/bench/model.py [--size 8b] [--o
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ import runtime
 from runtime import Int4Linear
 from runtime.evaluate import weight_bytes
 
+SECTIONS = ("prefill", "batch", "decode", "host")
 PREFILL = ((4, 256), (1, 2048))  # sequences × tokens
 BATCH = ((16, 128), (16, 512), (16, 2048))
 DECODE = (1, 16)  # sequences
@@ -233,20 +234,18 @@ def measure_weights(models: Models) -> Row:
     return Row("weights", "", 0, 0, "MB", weight_bytes(models.bf16) / 1e6, weight_bytes(models.int4) / 1e6)
 
 
-def measure(models: Models, only: str, *others: str) -> Iterator[Row]:
-    """Every row of the sections that are asked for."""
+def measure(models: Models, sections: Collection[str], *others: str) -> Iterator[Row]:
+    """Every row of `sections`, in the modes of the device and `others`."""
     yield measure_weights(models)
-    for section in only.split(","):
-        if section == "prefill" or section == "batch":
-            for batch, tokens in PREFILL if section == "prefill" else BATCH:
+    for section, sizes in (("prefill", PREFILL), ("batch", BATCH)):
+        if section in sections:
+            for batch, tokens in sizes:
                 yield from measure_forward(models, section, batch, tokens)
-        elif section == "decode":
-            for batch in DECODE:
-                yield from measure_decode(models, batch, *others)
-        elif section == "host":
-            yield measure_host(models)
-        else:
-            raise click.UsageError(f"--only {section}: there are prefill, batch, decode and host")
+    if "decode" in sections:
+        for batch in DECODE:
+            yield from measure_decode(models, batch, *others)
+    if "host" in sections:
+        yield measure_host(models)
 
 
 COLUMNS = {
@@ -273,23 +272,25 @@ def line(row: Row, limit: float) -> str:
 @click.option("--size", type=click.Choice(sorted(SIZES)), default="1b", show_default=True)
 @click.option("--group-size", default=128, show_default=True)
 @click.option("--activations", type=click.Choice(list(MAX_ERROR)), default="bf16", show_default=True)
-@click.option("--only", default="prefill,batch,decode,host", show_default=True)
-@click.option("--compile", "others", flag_value=("compile",), default=(), help="Decode under torch.compile too (slow).")
+@click.option("--only", default=",".join(SECTIONS), show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Decode under torch.compile too (slow).")
 @click.option("--device", default="cuda", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to this file too.")
 @torch.no_grad()
 def main(
-    size: str, group_size: int, activations: str, only: str, others: tuple[str, ...], device: str,
-    json_file: Path | None,
+    size: str, group_size: int, activations: str, only: str, compiled: bool, device: str, json_file: Path | None
 ) -> None:  # fmt: skip
     """Print a row a quantity; exit with 1 if logits are wrong."""
+    sections = only.split(",")
+    if not {*sections} <= {*SECTIONS}:
+        raise click.UsageError(f"--only {only}: there are {', '.join(SECTIONS)}")
     bf16 = build(size, device)
     int4 = int4_of(bf16, group_size, activations)
     name = torch.cuda.get_device_name() if device == "cuda" else device
     print(f"{name}, torch {torch.__version__}, {size}, G = {group_size}, {activations} activations, last logits only")
     print(tables.line(COLUMNS))
     rows = []
-    for row in measure(Models(bf16, int4, judge_of(int4)), only, *others):
+    for row in measure(Models(bf16, int4, judge_of(int4)), sections, *(["compile"] if compiled else [])):
         rows.append(row)
         print(line(row, MAX_ERROR[activations]), flush=True)
     about = {"size": size, "group": group_size, "activations": activations}
