@@ -43,5 +43,10 @@ def check_product(
 def relative_error(y: Tensor, x: Tensor, quantized: codec.Quantized, bias: Tensor | None, scheme: Scheme) -> float:
     """‖y − y₆₄‖ / ‖y₆₄‖ with y₆₄ in fp64 from the dequantised weight; NaN gives NaN, which passes no bound."""
     weight = codec.dequantize(quantized, x.shape[1], scheme, torch.float64)
-    exact = x.double() @ weight.T + (0 if bias is None else bias.double())
-    return ((y.double() - exact).norm() / exact.norm()).item()
+    return distance(y, x.double() @ weight.T + (0 if bias is None else bias.double()))
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    """‖found − exact‖ / ‖exact‖ in the wider of fp32 and the type of `exact`."""
+    exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
+    return ((found.to(exact.dtype) - exact).norm() / exact.norm()).item()

@@ -76,7 +76,7 @@ def test_all_programs_are_on_the_one_axis_that_has_no_limit(monkeypatch: pytest.
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             grids.append(grid)
-            return lambda *arguments: None
+            return lambda *arguments, **options: None
 
     monkeypatch.setattr(kernels, "absmax_kernel", Kernel())
     kernels.absmax(random(3, 8 * 70_000), Scheme(8), torch.bfloat16)

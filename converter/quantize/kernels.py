@@ -9,6 +9,7 @@ from formats.codec import MIN_SCALE, Quantized, check_finite, pack_zero_point
 from formats.layout import CODES_PER_WORD, Scheme, ceil_div
 
 TILE_WORDS = 512  # words (of 8 weights) that one program holds in registers
+WARPS = 4
 MAX_CHUNK_WORDS = 1024  # a longer group is walked in chunks, twice; the second time it comes from the cache
 
 
@@ -123,12 +124,22 @@ def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantize
 
     Raises `NonFiniteError` on NaN or infinity.
     """
+    quantized, bad = launch(weight, scheme, scale_dtype)
+    if bad.item():
+        check_finite(weight)
+    return quantized
+
+
+def launch(
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, *, tile_words: int = TILE_WORDS, warps: int = WARPS
+) -> tuple[Quantized, Tensor]:
+    """The work of `absmax` without waiting for it, and a flag [1] that will be set if a weight is not finite."""
     rows, columns = weight.shape
     width, groups = scheme.group_width(columns), scheme.groups(columns)
     words = ceil_div(columns, CODES_PER_WORD)
     group_words = triton.next_power_of_2(ceil_div(width, CODES_PER_WORD))
     chunk_words = min(group_words, MAX_CHUNK_WORDS)
-    tile_rows = max(1, TILE_WORDS // chunk_words)
+    tile_rows = max(1, tile_words // chunk_words)
     packed = weight.new_empty((rows, words), dtype=torch.int32)
     scale = weight.new_empty((rows, groups), dtype=scale_dtype)
     zero = weight.new_empty((rows, groups), dtype=torch.int8)
@@ -139,7 +150,6 @@ def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantize
             weight, packed, scale, zero, bad,
             rows, columns, width, words, groups,
             MIN_SCALE[scale_dtype], scheme.symmetric, tile_rows, chunk_words, ceil_div(group_words, chunk_words),
+            num_warps=warps,
         )  # fmt: skip
-    if bad.item():
-        check_finite(weight)
-    return Quantized(packed, scale, None if scheme.symmetric else pack_zero_point(zero))
+    return Quantized(packed, scale, None if scheme.symmetric else pack_zero_point(zero)), bad

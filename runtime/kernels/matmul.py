@@ -35,17 +35,20 @@ def matmul_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(token < M)[None, :] & (row < N)[:, None])
 
 
-def matmul(x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme) -> Tensor:
+def matmul(
+    x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme, *,
+    block_n: int = BLOCK_N, max_block_m: int = MAX_BLOCK_M,
+) -> Tensor:  # fmt: skip
     """Contiguous x [M, K] · Ŵ [N, K]ᵀ + bias [N] → [M, N] in the type of x."""
     tokens, columns = x.shape
     weight, constants = weight_arguments(quantized, columns, scheme)
     rows = quantized.packed.shape[0]
     y = x.new_empty(tokens, rows)
-    block_m = min(MAX_BLOCK_M, max(16, triton.next_power_of_2(tokens)))
+    block_m = min(max_block_m, max(16, triton.next_power_of_2(tokens)))
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        matmul_kernel[(ceil_div(rows, BLOCK_N) * ceil_div(tokens, block_m),)](
+        matmul_kernel[(ceil_div(rows, block_n) * ceil_div(tokens, block_m),)](
             x, y, x if bias is None else bias, tokens, *weight,
-            HAS_BIAS=bias is not None, BLOCK_N=BLOCK_N, BLOCK_M=block_m, **constants,
-            num_warps=8 if block_m == MAX_BLOCK_M else 4,
+            HAS_BIAS=bias is not None, BLOCK_N=block_n, BLOCK_M=block_m, **constants,
+            num_warps=8 if block_m >= MAX_BLOCK_M else 4,
         )  # fmt: skip
     return y

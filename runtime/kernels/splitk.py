@@ -52,20 +52,20 @@ def reduce_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def splitk(x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme) -> Tensor:
+def splitk(x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme, *, block_n: int = BLOCK_N) -> Tensor:
     """Contiguous x [M, K] · Ŵ [N, K]ᵀ + bias [N] → [M, N] in the type of x; the same bits every run."""
     tokens, columns = x.shape
     weight, constants = weight_arguments(quantized, columns, scheme)
     rows = quantized.packed.shape[0]
     steps = _steps(
-        ceil_div(rows, BLOCK_N) * ceil_div(tokens, BLOCK_M), ceil_div(columns, constants["BLOCK_K"]), x.device
+        ceil_div(rows, block_n) * ceil_div(tokens, BLOCK_M), ceil_div(columns, constants["BLOCK_K"]), x.device
     )
     splits = ceil_div(ceil_div(columns, constants["BLOCK_K"]), steps)
     partial = x.new_empty((splits, tokens, rows), dtype=torch.float32)
     y = x.new_empty(tokens, rows)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        splitk_kernel[(ceil_div(rows, BLOCK_N), splits, ceil_div(tokens, BLOCK_M))](
-            x, partial, tokens, steps, *weight, BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, **constants
+        splitk_kernel[(ceil_div(rows, block_n), splits, ceil_div(tokens, BLOCK_M))](
+            x, partial, tokens, steps, *weight, BLOCK_N=block_n, BLOCK_M=BLOCK_M, **constants
         )
         reduce_kernel[(ceil_div(y.numel(), BLOCK_REDUCE),)](
             partial, y, x if bias is None else bias, y.numel(), rows, splits,

@@ -3,14 +3,16 @@
 Run: PYTHONPATH=.:tests:tests/bench python tests/bench/matmul.py [--tokens 1,16] [--group-sizes 128] [--json FILE]
 """
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import peers
+import tables
 import torch
+from limits import int4_bytes, operations
 from products import operands, relative_error
 from timing import copies_for, graph_time
 
@@ -21,44 +23,45 @@ from runtime.ops import int4_linear
 
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
 MAX_ERROR = 3e-3
+COLUMNS = {"N x K": 13, "G": 4, "M": 5, "bf16 us": 9, "int4 us": 9, "speedup": 8, "TFLOP/s": 8, "GB/s": 7, "error": 9,
+           **{f"{name} us": 11 for name in peers.PEERS}}  # fmt: skip
 
 
 @click.command(help=__doc__)
 @click.option("--tokens", default="1,16,64,128,512,2048")
 @click.option("--group-sizes", default="128,256")
+@click.option(
+    "--peers", "peers_to", default=128, show_default=True, help="Time other people's kernels to so many tokens."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to this file too.")
-def main(tokens: str, group_sizes: str, json_file: Path | None) -> None:
+def main(tokens: str, group_sizes: str, peers_to: int, json_file: Path | None) -> None:
     """Print a row a shape and number of tokens; exit with 1 if a result is wrong."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16")
-    columns = {
-        "N x K": 13,
-        "G": 4,
-        "M": 5,
-        "bf16 us": 9,
-        "int4 us": 9,
-        "speedup": 8,
-        "TFLOP/s": 8,
-        "GB/s": 7,
-        "error": 9,
-    }
-    print(" ".join(f"{title:>{width}}" for title, width in columns.items()))
+    print(tables.line(COLUMNS))
     rows = []
     for n, k in SHAPES:
         for group in map(int, group_sizes.split(",")):
             for m in map(int, tokens.split(",")):
-                row = measure(m, n, k, Scheme(group))
+                others = peers.measure(m, n, k, Scheme(group)) if m <= peers_to else {}
+                row = {**measure(m, n, k, Scheme(group)), "peers": others}
                 rows.append(row)
-                rate = 2e-6 * m * n * k / row["us"]
-                bandwidth = (n * k / 2 + 2 * n * k / group + 2 * m * (n + k)) / row["us"] / 1e3
-                speed = f"{row['ratio']:8.2f}" if row["rel_error"] <= MAX_ERROR else "   WRONG"
-                print(
-                    f"{n:>6}x{k:<6} {group:>4} {m:>5} {row['cublas_us']:>9.1f} {row['us']:>9.1f} {speed} "
-                    f"{rate:>8.0f} {bandwidth:>7.0f} {row['rel_error']:>9.2e}",
-                    flush=True,
-                )
-    if json_file is not None:
-        json_file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                print(line(row), flush=True)
+    tables.write(json_file, rows)
     sys.exit(not all(row["rel_error"] <= MAX_ERROR for row in rows))
+
+
+def line(row: dict[str, Any]) -> str:
+    """The row for people, without the speed of a wrong result."""
+    m, n, k, us = row["m"], row["n"], row["k"], row["us"]
+    return tables.line(
+        COLUMNS,
+        [
+            f"{n}x{k}", row["group"], m, f"{row['cublas_us']:.1f}", f"{us:.1f}",
+            f"{row['ratio']:.2f}" if row["rel_error"] <= MAX_ERROR else "WRONG",
+            f"{operations(m, n, k) / us / 1e6:.0f}", f"{int4_bytes(m, n, k, row['group']) / us / 1e3:.0f}",
+            f"{row['rel_error']:.2e}", *(row["peers"].get(name, "–") for name in peers.PEERS),
+        ],
+    )  # fmt: skip
 
 
 def measure(m: int, n: int, k: int, scheme: Scheme) -> dict[str, Any]:

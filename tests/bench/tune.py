@@ -4,8 +4,9 @@ Run: PYTHONPATH=.:tests:tests/bench python tests/bench/tune.py TABLE.json
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,26 +72,43 @@ def _prefill(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
                 yield "prefill", {"tokens": width, "splits": splits, "raster": raster, "buffers": buffers}
 
 
-def best(tokens: int, rows: int, columns: int) -> dict[str, Any]:
-    """The fastest right candidate, as an entry of the table."""
+@dataclass(frozen=True)
+class Trial:
+    """A kernel with options, and its microseconds, or None where its result was wrong."""
+
+    kernel: str
+    options: dict[str, int]
+    us: float | None
+
+
+def trials(tokens: int, rows: int, columns: int) -> Iterator[Trial]:
+    """Every candidate, checked and timed."""
     scheme = Scheme(GROUP)
     x, quantized, _ = operands(tokens, rows, columns, scheme, torch.bfloat16, "cuda")
     words, scale = arrange(quantized)
     copies = [words.clone() for _ in range(copies_for(words.nbytes))]
-    found: list[tuple[float, str, dict[str, int]]] = []
     for kernel, options in candidates(tokens, rows, columns):
         call = partial(KERNELS[kernel], x, scale=scale, bias=None, group=GROUP, **options)
-        if relative_error(call(words=words), x, quantized, None, scheme) <= MAX_ERROR:
-            found.append((graph_time([partial(call, words=copy) for copy in copies]), kernel, options))
-    time, kernel, options = min(found, key=lambda one: one[0])
-    print(f"{rows:>6}x{columns:<6} {tokens:>5} {time:>8.1f} us  {kernel} {options}", flush=True)
-    return {"tokens": tokens, "rows": rows, "columns": columns, "kernel": kernel, "options": options}
+        right = relative_error(call(words=words), x, quantized, None, scheme) <= MAX_ERROR
+        us = graph_time([partial(call, words=copy) for copy in copies]) if right else None
+        yield Trial(kernel, options, us)
 
 
-def compile_all() -> None:
-    """Run every candidate once, several processes at a time: the timings then find the kernels in Triton's cache."""
-    jobs = {(t, *shape, kernel, tuple(options.items())) for shape in SHAPES for t in TOKENS
-            for kernel, options in candidates(t, *shape)}  # fmt: skip
+def fastest(tried: Iterable[Trial]) -> Trial:
+    """The fastest whose result was right."""
+    return min((trial for trial in tried if trial.us is not None), key=lambda trial: trial.us or 0)
+
+
+def best(tokens: int, rows: int, columns: int) -> dict[str, Any]:
+    """The fastest candidate, as an entry of the table."""
+    found = fastest(trials(tokens, rows, columns))
+    print(f"{rows:>6}x{columns:<6} {tokens:>5} {found.us:>8.1f} us  {found.kernel} {found.options}", flush=True)
+    return {"tokens": tokens, "rows": rows, "columns": columns, "kernel": found.kernel, "options": found.options}
+
+
+def compile_all(sizes: Iterable[tuple[int, int, int]]) -> None:
+    """Run every candidate for tokens, rows and columns once, in several processes: timings then find Triton's cache."""
+    jobs = {(*size, kernel, tuple(options.items())) for size in sizes for kernel, options in candidates(*size)}
     kinds = {job[3:]: job for job in sorted(jobs, key=lambda job: -job[1] * job[2])}  # the smallest matrix of a kind
     with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
         list(pool.map(run_once, kinds.values()))
@@ -108,7 +126,7 @@ def run_once(job: tuple[Any, ...]) -> None:
 @click.argument("table", type=click.Path(path_type=Path))
 def main(table: Path) -> None:
     """Write the table."""
-    compile_all()
+    compile_all((tokens, *shape) for shape in SHAPES for tokens in TOKENS)
     entries = [best(tokens, rows, columns) for rows, columns in SHAPES for tokens in TOKENS]
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     table.write_text(f'{{"device": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
