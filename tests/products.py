@@ -42,8 +42,13 @@ def check_product(
 
 def relative_error(y: Tensor, x: Tensor, quantized: codec.Quantized, bias: Tensor | None, scheme: Scheme) -> float:
     """‖y − y₆₄‖ / ‖y₆₄‖ with y₆₄ in fp64 from the dequantised weight; NaN gives NaN, which passes no bound."""
+    return distance(y, exact_product(x, quantized, bias, scheme))
+
+
+def exact_product(x: Tensor, quantized: codec.Quantized, bias: Tensor | None, scheme: Scheme) -> Tensor:
+    """x · Ŵᵀ + bias in fp64."""
     weight = codec.dequantize(quantized, x.shape[1], scheme, torch.float64)
-    return distance(y, x.double() @ weight.T + (0 if bias is None else bias.double()))
+    return x.double() @ weight.T + (0 if bias is None else bias.double())
 
 
 def distance(found: Tensor, exact: Tensor) -> float:

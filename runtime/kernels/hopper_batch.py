@@ -6,7 +6,6 @@ registers (see `hopper_tiles`). Sums of a split tile are added in a second launc
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -16,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
+from formats.layout import ceil_div
 from runtime.kernels.copies import box_to_global
 from runtime.kernels.fragments import release_successor, wait_for_predecessor
 from runtime.kernels.hopper_tiles import (
@@ -113,7 +113,7 @@ def batch(
     """
     outputs, rows = scale.shape[1], 16 * warps
     y = x.new_empty(x.shape[0], outputs)
-    tiles = triton.cdiv(outputs, rows) * triton.cdiv(x.shape[0], tokens)
+    tiles = ceil_div(outputs, rows) * ceil_div(x.shape[0], tokens)
     partial = x.new_empty(tiles * splits * rows * tokens if splits > 1 else 1, dtype=torch.float32)
     scales = rows_box(scale, rows)
     args = (

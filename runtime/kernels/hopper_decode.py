@@ -10,12 +10,12 @@ Matrices with few rows are split along K among SPLITS programs; a second launch 
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from formats.layout import ceil_div
 from runtime.kernels.copies import gather_to_shared
 from runtime.kernels.fragments import (
     codes_of,
@@ -265,7 +265,7 @@ def decode(
     columns, outputs = x.shape[1], scale.shape[1]
     y = x.new_empty(x.shape[0], outputs)
     width = 8 if x.shape[0] <= 8 else 16
-    programs = triton.cdiv(outputs, rows)
+    programs = ceil_div(outputs, rows)
     partial = x.new_empty(programs * splits * rows * width, dtype=torch.float32) if splits > 1 else y
     args = (
         x, words, scale, words if zero is None else zero, x if bias is None else bias, y, partial, *y.shape,

@@ -115,7 +115,7 @@ def quantize_trials(weight: Tensor, scheme: Scheme) -> Iterator[Trial]:
 def measure(kinds: Collection[str], shapes: list[tuple[int, int]], tokens: list[int]) -> Iterator[Table]:
     """Every table of the kinds of kernels that are asked for."""
     if "hopper" in kinds:
-        compile_all((m, n, k) for n, k in shapes for m in tokens)
+        compile_all((m, n, k, "bf16") for n, k in shapes for m in tokens)
     for n, k in shapes:
         for m in tokens:
             nbytes = int4_bytes(m, n, k, GROUP)

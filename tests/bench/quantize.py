@@ -105,12 +105,12 @@ def measure_repack(n: int, k: int, device: str) -> Iterator[Row]:
     """From the format's order to the kernels', and back."""
     scheme = Scheme(REPACK_GROUP)
     matrix = codec.quantize(random_weight(n, k, device), scheme, torch.bfloat16)
-    words, scale = arrange(matrix)
-    right = same(restore(words, scale, k), matrix)
-    nbytes = moved(words, scale, *matrix.tensors())
+    arranged = arrange(matrix)
+    right = same(restore(arranged, k), matrix)
+    nbytes = moved(*arranged.tensors(), *matrix.tensors())
     times = {
         "arrange": cold(lambda packed: arrange(Quantized(packed, matrix.scale, None)), matrix.packed),
-        "restore": cold(lambda copy: restore(copy, scale, k), words),
+        "restore": cold(lambda words: restore(Quantized(words, arranged.scale, None), k), arranged.packed),
     }
     for work, us in times.items():
         yield Row(work, n, k, REPACK_GROUP, True, round(us, 2), nbytes, right)

@@ -15,61 +15,95 @@ from typing import Any
 import click
 import torch
 from matmul import MAX_ERROR, SHAPES
-from products import operands, relative_error
+from products import distance, exact_product, operands
 from timing import copies_for, graph_time
 
 from formats.layout import Scheme
+from runtime.activations import rounded_to_fp8
 from runtime.kernels.hopper import KERNELS
 from runtime.repack import arrange
 
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+FP8_TOKENS = (256, 512, 1024, 2048, 4096)
 GROUP = 128
 PROCESSORS = 132
-COMPILERS = 12
+COMPILERS = 16
 SHARED_BYTES = 227 << 10
+SPLITS = (1, 2, 3, 4, 8)
 
 Candidate = tuple[str, dict[str, int]]
+Size = tuple[int, int, int, str]  # tokens, rows, columns, activations
 
 
-def candidates(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
+def candidates(tokens: int, rows: int, columns: int, activations: str = "bf16") -> Iterator[Candidate]:
     """Kernels with options that are worth a try."""
+    if activations == "fp8":
+        yield from _fp8(tokens)
+        return
     if tokens <= 16:
-        yield from _decode(tokens, rows)
-    if 8 < tokens <= 256:
+        yield from _decode(tokens, rows, columns)
+    if 8 < tokens <= 512:
         yield from _batch(tokens, rows, columns)
-    if tokens >= 128:
+    if tokens > 8:
         yield from _prefill(tokens, rows, columns)
 
 
-def _decode(tokens: int, rows: int) -> Iterator[Candidate]:
-    width = 8 if tokens <= 8 else 16
-    for height in (16, 32, 64):
-        for warps in (4, 8, 16):
-            for buffers in (2, 3):
-                fits = warps * width * 256 * buffers < SHARED_BYTES and height * warps < 1024
-                if fits and PROCESSORS // 3 <= rows // height <= 16 * PROCESSORS:
-                    yield "decode", {"rows": height, "warps": warps, "buffers": buffers}
+def _decode(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
+    shapes = [(16, 4, 2, 4), (16, 8, 2, 4), (16, 8, 2, 2), (32, 4, 2, 2), (32, 4, 2, 4)]
+    if tokens > 8:
+        shapes = [(16, 4, 2, 4), (16, 8, 2, 4), (32, 4, 2, 2), (32, 8, 2, 2), (64, 4, 1, 2)]
+    for height, warps, step, depth in shapes:
+        for ring in (0, 4) if tokens <= 2 else (3, 4):
+            for splits in (1, 2, 4) if tokens > 2 else (1,):
+                for registers in (128, 255) if ring and height == 16 else (255,):
+                    programs, steps = -(-rows // height) * splits, columns / 64 / step / warps / splits
+                    if 100 <= programs <= (2000 if splits == 1 else 600) and steps > depth / 2:
+                        yield "decode", {"rows": height, "warps": warps, "step": step, "depth": depth, "ring": ring,
+                                         "splits": splits, "registers": registers}  # fmt: skip
+
+
+def _width(tokens: int, most: int) -> int:
+    return min(most, max(16, 1 << (tokens - 1).bit_length()))
 
 
 def _batch(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
-    width = min(128, max(16, 1 << (tokens - 1).bit_length()))
-    for warps in (4, 8):
-        tiles = -(-rows // (16 * warps)) * -(-tokens // width)
-        for splits in (1, 2, 3, 4, 8):
-            if PROCESSORS * 0.9 <= tiles * splits <= 8 * PROCESSORS and columns // 64 >= 4 * splits:
-                yield "batch", {"tokens": width, "warps": warps, "splits": splits, "raster": 8, "buffers": 5}
+    for width in {_width(tokens, 64), _width(tokens, 128)}:
+        for warps in (4, 8):
+            programs = -(-rows // (16 * warps)) * -(-tokens // width)
+            for step, buffers in {16: ((2, 4), (4, 3), (4, 6)), 32: ((2, 4), (4, 3)), 64: ((2, 3), (4, 2))}.get(
+                width, ((2, 3),)
+            ):
+                for splits in SPLITS:
+                    if 110 <= programs * splits <= 1100 and columns // 64 >= 2 * step * splits:
+                        yield "batch", {"tokens": width, "warps": warps, "splits": splits, "raster": 8, "step": step,
+                                        "buffers": buffers}  # fmt: skip
 
 
 def _prefill(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
-    for width, buffers in ((128, 6), (256, 3)):
-        tiles = -(-rows // 128) * -(-tokens // width)
-        for splits in (1, 2, 3, 4):
-            if splits > 1 and (
-                tiles * splits > 6 * PROCESSORS or tiles % PROCESSORS == 0 or columns // 64 < 8 * splits
-            ):
+    widths = {_width(tokens, 64), _width(tokens, 128), _width(tokens, 256)}
+    for width in widths if tokens < 1024 else (128, 256):
+        for height, programs in ((128, 1), (256, 1), (128, 2)):
+            if height * width > 128 * 256 or (width > 64 and programs == 2):
                 continue
-            for raster in (4, 16) if tokens >= 1024 else (8,):
-                yield "prefill", {"tokens": width, "splits": splits, "raster": raster, "buffers": buffers}
+            tiles = -(-rows // height) * -(-tokens // width)
+            for step in {256: (1,), 128: (1, 2)}.get(width, (2, 4)):
+                slot = step * (128 * width + 32 * height + 2 * height)
+                buffers = min(16 // step // programs, (SHARED_BYTES // programs - 2048 - 2 * width * height) // slot)
+                for splits in SPLITS:
+                    parts = tiles * splits
+                    if buffers < 2 or parts < 80 or (splits > 1 and (
+                        tiles % PROCESSORS == 0 or parts > 300 * programs or columns // 64 < 2 * step * splits
+                    )):  # fmt: skip
+                        continue
+                    for raster in (4, 16) if tokens >= 1024 else (8,):
+                        yield "prefill", {"rows": height, "tokens": width, "programs": programs, "splits": splits, "raster": raster, "step": step,
+                                          "buffers": buffers}  # fmt: skip
+
+
+def _fp8(tokens: int) -> Iterator[Candidate]:
+    for width, buffers in ((128, 6), (256, 4)):
+        for raster in (4, 8, 16) if tokens >= 1024 else (8,):
+            yield "fp8", {"tokens": width, "raster": raster, "buffers": buffers}
 
 
 @dataclass(frozen=True)
@@ -81,15 +115,16 @@ class Trial:
     us: float | None
 
 
-def trials(tokens: int, rows: int, columns: int) -> Iterator[Trial]:
+def trials(tokens: int, rows: int, columns: int, activations: str = "bf16") -> Iterator[Trial]:
     """Every candidate, checked and timed."""
     scheme = Scheme(GROUP)
     x, quantized, _ = operands(tokens, rows, columns, scheme, torch.bfloat16, "cuda")
-    words, scale = arrange(quantized)
-    copies = [words.clone() for _ in range(copies_for(words.nbytes))]
-    for kernel, options in candidates(tokens, rows, columns):
-        call = partial(KERNELS[kernel], x, scale=scale, bias=None, group=GROUP, **options)
-        right = relative_error(call(words=words), x, quantized, None, scheme) <= MAX_ERROR
+    exact = exact_product(rounded_to_fp8(x) if activations == "fp8" else x, quantized, None, scheme)
+    matrix = arrange(quantized)
+    copies = [matrix.packed.clone() for _ in range(copies_for(matrix.packed.nbytes))]
+    for kernel, options in candidates(tokens, rows, columns, activations):
+        call = partial(KERNELS[kernel], x, scale=matrix.scale, zero=None, bias=None, group=GROUP, **options)
+        right = distance(call(words=matrix.packed), exact) <= MAX_ERROR
         us = graph_time([partial(call, words=copy) for copy in copies]) if right else None
         yield Trial(kernel, options, us)
 
@@ -99,35 +134,40 @@ def fastest(tried: Iterable[Trial]) -> Trial:
     return min((trial for trial in tried if trial.us is not None), key=lambda trial: trial.us or 0)
 
 
-def best(tokens: int, rows: int, columns: int) -> dict[str, Any]:
+def best(tokens: int, rows: int, columns: int, activations: str) -> dict[str, Any]:
     """The fastest candidate, as an entry of the table."""
-    found = fastest(trials(tokens, rows, columns))
-    print(f"{rows:>6}x{columns:<6} {tokens:>5} {found.us:>8.1f} us  {found.kernel} {found.options}", flush=True)
-    return {"tokens": tokens, "rows": rows, "columns": columns, "kernel": found.kernel, "options": found.options}
+    found = fastest(trials(tokens, rows, columns, activations))
+    size = f"{rows:>6}x{columns:<6} {tokens:>5} {activations}"
+    print(f"{size} {found.us:>8.1f} us  {found.kernel} {found.options}", flush=True)
+    return {"activations": activations, "tokens": tokens, "rows": rows, "columns": columns, "kernel": found.kernel,
+            "options": found.options}  # fmt: skip
 
 
-def compile_all(sizes: Iterable[tuple[int, int, int]]) -> None:
-    """Run every candidate for tokens, rows and columns once, in several processes: timings then find Triton's cache."""
-    jobs = {(*size, kernel, tuple(options.items())) for size in sizes for kernel, options in candidates(*size)}
-    kinds = {job[3:]: job for job in sorted(jobs, key=lambda job: -job[1] * job[2])}  # the smallest matrix of a kind
+def compile_all(sizes: Iterable[Size]) -> None:
+    """Run every candidate once, in several processes: timings then find Triton's cache."""
+    jobs = {(size, kernel, tuple(options.items())) for size in sizes for kernel, options in candidates(*size)}
+    order = sorted(jobs, key=lambda job: -job[0][1] * job[0][2])
+    kinds = {(job[1:], job[0][0] > 8): job for job in order}  # the smallest matrix of a kind
     with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
         list(pool.map(run_once, kinds.values()))
 
 
-def run_once(job: tuple[Any, ...]) -> None:
+def run_once(job: tuple[Size, str, tuple[tuple[str, int], ...]]) -> None:
     """One call of one candidate."""
-    tokens, rows, columns, kernel, options = job
+    (tokens, rows, columns, _), kernel, options = job
     x, quantized, _ = operands(tokens, rows, columns, Scheme(GROUP), torch.bfloat16, "cuda")
-    words, scale = arrange(quantized)
-    KERNELS[kernel](x, words, scale, None, GROUP, **dict(options))
+    matrix = arrange(quantized)
+    KERNELS[kernel](x, matrix.packed, matrix.scale, None, None, GROUP, **dict(options))
 
 
 @click.command(help=__doc__)
 @click.argument("table", type=click.Path(path_type=Path))
 def main(table: Path) -> None:
     """Write the table."""
-    compile_all((tokens, *shape) for shape in SHAPES for tokens in TOKENS)
-    entries = [best(tokens, rows, columns) for rows, columns in SHAPES for tokens in TOKENS]
+    sizes = [(tokens, *shape, "bf16") for shape in SHAPES for tokens in TOKENS]
+    sizes += [(tokens, *shape, "fp8") for shape in SHAPES for tokens in FP8_TOKENS]
+    compile_all(sizes)
+    entries = [best(*size) for size in sizes]
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
     table.write_text(f'{{"device": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
 
