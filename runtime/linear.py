@@ -25,6 +25,7 @@ class Int4Linear(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    sibling: "Callable[[Int4Linear, Tensor], Tensor | None] | None" = None  # of a layer that `siblings.join` joined
 
     def __init__(
         self,
@@ -68,8 +69,13 @@ class Int4Linear(nn.Module):
         """x [..., K] → [..., N] in the type of x; raises `ValueError` for another number of columns, or integers."""
         if x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(f"x is {x.dtype} with {x.shape[-1]} columns, the layer takes {self.in_features} of floats")
+        y = None if self.sibling is None else self.sibling(self, x)
+        return self.product(x, self.bias) if y is None else y
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x · Ŵᵀ + `bias` by the layer itself."""
         return int4_linear(
-            x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.group_size
+            x, self.weight_packed, self.weight_scale, self.weight_zero_point, bias, self.scheme.group_size
         )
 
     @property
@@ -102,7 +108,8 @@ class Int4Linear(nn.Module):
                 self.weight_packed, self.weight_scale = arrange(self.quantized)
 
     def restore(self) -> None:
-        """Put the weight back into the order of the format."""
+        """Put the weight back into the order of the format, and leave the siblings."""
+        self.sibling = None
         quantized = self.quantized
         self.weight_packed, self.weight_scale = quantized.packed, quantized.scale
 
@@ -128,7 +135,7 @@ class Int4Linear(nn.Module):
         """For pickle and copy: in the order of the format, because another device may read it."""
         quantized = self.quantized
         buffers = {**self._buffers, "weight_packed": quantized.packed, "weight_scale": quantized.scale}
-        return {**self.__dict__, "_buffers": buffers}
+        return {**self.__dict__, "_buffers": buffers, "sibling": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

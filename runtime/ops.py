@@ -96,7 +96,7 @@ def _product(
     if packed.dim() == 3 and len(x) and x.dtype == scale.dtype:
         from runtime.kernels.hopper import hopper_product
 
-        return hopper_product(x, packed, scale, bias, scheme)
+        return hopper_product(x, packed, scale.contiguous(), bias, scheme)  # of a sibling, they are a slice
     quantized = in_format(packed, scale, zero_point, x.shape[1])
     if not (HAS_TRITON and x.is_cuda and x.dtype in KERNEL_DTYPES and len(x)):
         return dequantized_product(x, quantized, bias, scheme)
