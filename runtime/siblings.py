@@ -47,6 +47,7 @@ class Siblings:
         self.rows = tuple(rows)
         self.starts = (0, *accumulate(rows))
         self.biases = tuple(biases)
+        self.made_of = (*joint.buffers(), *biases)
         self.kept: Kept | None = None
         self.missed = 0
 
@@ -73,8 +74,8 @@ class Siblings:
         """Differs when the thread does, or x, a weight or a bias has changed in place, where torch counts that."""
         if torch.compiler.is_compiling():
             return (~torch.ops.int4.changes(x).shape[0],)  # negative: never that of a product made elsewhere
-        made_of = (x, self.joint.weight_packed, self.joint.weight_scale, *self.biases)
-        return threading.get_ident(), *(0 if tensor.is_inference() else tensor._version for tensor in made_of)
+        versions = (0 if tensor.is_inference() else tensor._version for tensor in (x, *self.made_of))
+        return threading.get_ident(), *versions
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +102,8 @@ class Sibling:
         return y
 
 
-def join(module: nn.Module) -> int:
-    """Join all siblings under `module` that can be; returns the number of new groups.
+def join(module: nn.Module, *, gpu_only: bool = False) -> int:
+    """Join all siblings under `module` that can be, or those on a GPU alone; returns the number of new groups.
 
     Siblings have the names in `NAMES` under one parent, and the same columns, scheme, types, order and device. The
     results agree with those of single layers to rounding: another kernel may add in another order. Columns of a
@@ -112,7 +113,7 @@ def join(module: nn.Module) -> int:
     They must be called in one CUDA stream. In inference mode torch does not count changes in place: a model that
     changes an input between two siblings there must not be joined.
     """
-    groups = list(_groups(module))
+    groups = [layers for layers in _groups(module) if layers[0].weight_scale.is_cuda or not gpu_only]
     for layers in groups:
         _join(layers)
     return len(groups)
