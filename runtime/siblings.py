@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 class Siblings:
     """The weights of a group as one layer, and the last product as long as a sibling waits for its columns.
 
-    `kept` is replaced whole, so threads that meet here compute a product twice at worst.
+    `kept` is replaced whole, so threads that meet here compute a product twice, or part, at worst.
     """
 
     def __init__(self, joint: Int4Linear, rows: Sequence[int], biases: Sequence[Tensor]) -> None:

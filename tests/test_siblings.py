@@ -1,10 +1,12 @@
 import copy
 import io
+import os
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from runtime.ops import int4_linear
 from runtime.siblings import PATIENCE, join
 
 SYMMETRIC, ASYMMETRIC = Scheme(32), Scheme(32, symmetric=False)
+needs_compiler = pytest.mark.skipif(not which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
 NAMES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROWS = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 64, "gate_proj": 96, "up_proj": 96, "down_proj": 64}
 
@@ -117,6 +120,7 @@ CHANGES: dict[str, Callable[[Block], object]] = {
     "another type of scales": lambda block: setattr(
         block.k_proj, "weight_scale", block.get_submodule("k_proj").get_buffer("weight_scale").half()
     ),
+    "another device": lambda block: block.get_submodule("k_proj").to("meta"),
     "another order": lambda block: arrange(block, ("k_proj",)),
     "one is wrapped, as by LoRA": lambda block: setattr(block, "k_proj", nn.Sequential(int4(32))),
     "one is not quantised": lambda block: setattr(block, "k_proj", nn.Linear(64, 32)),
@@ -148,6 +152,12 @@ def test_only_layers_of_whole_blocks_are_joined(rows: int, scheme: Scheme, in_ke
 def test_siblings_of_one_parent_only_are_joined() -> None:
     model = nn.ModuleDict({"a": nn.ModuleDict({"gate_proj": int4(32)}), "b": nn.ModuleDict({"up_proj": int4(32)})})
     assert join(model) == 0
+
+
+def test_a_layer_of_two_parents_is_joined_once() -> None:
+    gate = int4(32)
+    model = nn.ModuleList([nn.ModuleDict({"gate_proj": gate, "up_proj": int4(32)}) for _ in range(2)])
+    assert join(model) == 1
 
 
 def test_what_is_joined_is_not_joined_again() -> None:
@@ -242,10 +252,11 @@ def test_an_input_that_changed_in_place_has_its_own_product() -> None:
     close(joined[1](x), single[1](x))
 
 
-def test_the_columns_of_a_sibling_may_be_changed_in_place() -> None:
+@pytest.mark.parametrize("then", [0, 1])
+def test_the_columns_of_a_sibling_may_be_changed_in_place(then: int) -> None:
     joined, single = attention()
     joined[0](X).zero_()
-    close(joined[1](X), single[1](X))
+    close(joined[then](X), single[then](X))
 
 
 # Weights and biases
@@ -348,8 +359,8 @@ def test_a_touched_layer_and_its_siblings_stay_right(touch: Callable[[Int4Linear
     touch(joined[1])
     touch(single[1])
     for _ in range(PATIENCE + 2):
-        for one, other in zip(joined, single, strict=True):
-            close(one(X), other(X))
+        for i in (1, 2, 0):
+            close(joined[i](X), single[i](X))
 
 
 def test_buffers_that_are_swapped_for_a_call_count() -> None:
@@ -444,9 +455,11 @@ def test_gradients_reach_input_and_biases_of_joined_layers() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_a_product_without_gradients_does_not_serve_one_that_wants_them() -> None:
+@pytest.mark.parametrize("of_bias", [True, False])
+def test_a_product_without_gradients_does_not_serve_one_that_wants_them(of_bias: bool) -> None:
     joined, _ = attention(bias=True)
-    x = X.clone().requires_grad_()
+    x = X.clone()
+    (joined[1].get_parameter("bias") if of_bias else x).requires_grad_()
     with torch.no_grad():
         joined[0](x)
     assert joined[1](x).requires_grad
@@ -509,9 +522,12 @@ def test_a_compiled_group_calls_the_operator_once(graphs: list[int], mode: Calla
     assert graphs == [4]
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=needs_compiler)])
 @pytest.mark.usefixtures("graphs")
-def test_compiled_joined_layers_give_what_single_ones_give(backend: str) -> None:
+def test_compiled_joined_layers_give_what_single_ones_give(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     block = Block(ASYMMETRIC, bias=True)
     expected = block(X)
     join(block)
