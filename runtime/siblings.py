@@ -89,17 +89,20 @@ class Sibling:
     def __call__(self, layer: Int4Linear, x: Tensor) -> Tensor | None:
         """The product of `layer` and x out of the joint one, or None if the layer is to compute its own.
 
-        It does so where gradients are wanted, and from the moment that one of its tensors was replaced.
+        It does so where gradients are wanted, and as long as one of its tensors is replaced.
         """
-        if any(now is not then for now, then in zip(_tensors(layer), self.tensors, strict=True)):
-            leave(layer)
+        if not self.holds(layer):
             return None
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *self.group.biases)):
             return None
         y = self.group.columns(self.index, x)
         if y is None:
-            leave(layer)
+            _leave(layer)
         return y
+
+    def holds(self, layer: Int4Linear) -> bool:
+        """Whether `layer` still has the tensors with which it was joined."""
+        return all(now is then for now, then in zip(_tensors(layer), self.tensors, strict=True))
 
 
 def join(module: nn.Module, *, gpu_only: bool = False) -> int:
@@ -107,8 +110,8 @@ def join(module: nn.Module, *, gpu_only: bool = False) -> int:
 
     Siblings have the names in `NAMES` under one parent, and the same columns, scheme, types, order and device. The
     results agree with those of single layers to rounding: another kernel may add in another order. Columns of a
-    product of several tokens are not contiguous. A layer that is moved, loaded, copied or given other tensors leaves;
-    `join` takes it in again. Siblings whose inputs turn out to differ part.
+    product of several tokens are not contiguous. A layer that is moved, loaded, copied or given other tensors is on
+    its own; `join` takes it in again. Siblings whose inputs turn out to differ part.
 
     They must be called in one CUDA stream. In inference mode torch does not count changes in place: a model that
     changes an input between two siblings there must not be joined.
@@ -117,14 +120,6 @@ def join(module: nn.Module, *, gpu_only: bool = False) -> int:
     for layers in groups:
         _join(layers)
     return len(groups)
-
-
-def leave(layer: Int4Linear) -> None:
-    """Make `layer` a single one again; kernels want what was a slice of columns as a tensor of its own."""
-    layer.sibling = None
-    for name, tensor in layer._buffers.items():
-        if tensor is not None and not tensor.is_contiguous():
-            setattr(layer, name, tensor.contiguous())
 
 
 def _groups(module: nn.Module) -> Iterator[list[Int4Linear]]:
@@ -153,8 +148,8 @@ def _fit(layers: Sequence[Int4Linear]) -> bool:
 
 
 def _joined(layers: Sequence[Int4Linear]) -> bool:
-    groups = {layer.sibling.group if isinstance(layer.sibling, Sibling) else None for layer in layers}
-    return len(groups) == 1 and None not in groups
+    siblings = [layer.sibling for layer in layers if isinstance(layer.sibling, Sibling) and layer.sibling.holds(layer)]
+    return len(siblings) == len(layers) and len({sibling.group for sibling in siblings}) == 1
 
 
 def _join(layers: Sequence[Int4Linear]) -> None:
@@ -172,6 +167,14 @@ def _join(layers: Sequence[Int4Linear]) -> None:
     group = Siblings(joint, rows, [layer.bias for layer in layers if layer.bias is not None])
     for index, layer in enumerate(layers):
         layer.sibling = Sibling(group, index, _tensors(layer))
+
+
+def _leave(layer: Int4Linear) -> None:
+    """Make `layer` a single one again; kernels want what was a slice of columns as a tensor of its own."""
+    layer.sibling = None
+    for name, tensor in layer._buffers.items():
+        if tensor is not None and not tensor.is_contiguous():
+            setattr(layer, name, tensor.contiguous())
 
 
 def _tensors(layer: Int4Linear) -> tuple[Tensor | None, ...]:

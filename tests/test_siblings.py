@@ -407,14 +407,18 @@ def test_a_copy_stands_for_itself(copied: Callable[[Block], Block], in_kernel_or
     assert not any(layer.sibling for layer in layers_of(other))
 
 
-def test_a_layer_that_leaves_has_scales_for_the_kernels() -> None:
-    block = Block()
-    arrange(block)
+@pytest.mark.parametrize("touch", [replace_bias, replace_scale])
+def test_a_layer_with_other_tensors_can_be_joined_again(touch: Callable[[Int4Linear], None]) -> None:
+    block = Block(bias=True)
     join(block)
-    assert not block.get_submodule("q_proj").get_buffer("weight_scale").is_contiguous()
-    replace_bias(layers_of(block)[0])
-    block(X)
-    assert block.get_submodule("q_proj").get_buffer("weight_scale").is_contiguous()
+    touch(layers_of(block)[1])
+    assert [join(block), calls_of(lambda: block(X))] == [1, 4]
+
+
+def test_buffers_that_were_swapped_for_a_call_do_not_part_siblings() -> None:
+    joined, _ = attention()
+    torch.func.functional_call(joined[1], {"weight_scale": joined[1].weight_scale * 2}, (X,))
+    assert calls_of(lambda: [layer(X) for layer in joined]) == 1
 
 
 # Siblings with inputs of their own
@@ -428,6 +432,18 @@ def test_siblings_that_share_no_input_part() -> None:
             close(one(x), other(x))
     assert not any(layer.sibling for layer in joined)
     assert calls_of(lambda: [layer(X) for layer in joined]) == 3
+
+
+def test_siblings_that_part_have_scales_for_the_kernels() -> None:
+    block = Block()
+    arrange(block)
+    join(block)
+    layers = layers_of(block, NAMES[:3])
+    assert not any(layer.weight_scale.is_contiguous() for layer in layers)
+    for i in range(PATIENCE + 2):
+        for j, layer in enumerate(layers):
+            layer(X + i + j)
+    assert all(layer.weight_scale.is_contiguous() for layer in layers)
 
 
 def test_siblings_that_share_their_input_forgive_a_lone_call() -> None:
