@@ -10,7 +10,7 @@ from formats.codec import Quantized, dequantize, quantize
 from formats.errors import UsageError
 from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme, stored_tensors
 from formats.tensors import TORCH_DTYPES, spec_of
-from runtime.ops import in_format, int4_linear, on_hopper
+from runtime.ops import in_format, int4_linear, linear, on_hopper
 
 SUFFIXES = (PACKED, SCALE, ZERO_POINT)
 ACTIVATIONS = (None, "fp8")
@@ -32,6 +32,7 @@ class Int4Linear(nn.Module):
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    sibling: "Callable[[Int4Linear, Tensor], Tensor | None] | None" = None  # of a layer that `siblings.join` joined
 
     def __init__(
         self,
@@ -80,9 +81,17 @@ class Int4Linear(nn.Module):
         """x [..., K] → [..., N] in the type of x; raises `ValueError` for another number of columns, or integers."""
         if x.shape[-1] != self.in_features or not x.is_floating_point():
             raise ValueError(f"x is {x.dtype} with {x.shape[-1]} columns, the layer takes {self.in_features} of floats")
+        y = None if self.sibling is None else self.sibling(self, x)
+        return self.product(x, self.bias) if y is None else y
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x · Ŵᵀ + `bias` by the layer itself."""
+        # Where nothing is traced and no gradient wanted, past torch's dispatcher: it costs the host as much as a launch.
+        plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        product = linear if plain and self.arranged else int4_linear
         fp8 = self.activations == "fp8"
-        return int4_linear(
-            x, self.weight_packed, self.weight_scale, self.weight_zero_point, self.bias, self.scheme.group_size, fp8
+        return product(
+            x, self.weight_packed, self.weight_scale, self.weight_zero_point, bias, self.scheme.group_size, fp8
         )
 
     @property
@@ -115,7 +124,8 @@ class Int4Linear(nn.Module):
                 self._hold(arrange(self.quantized))
 
     def restore(self) -> None:
-        """Put the weight back into the order of the format."""
+        """Put the weight back into the order of the format, and leave the siblings."""
+        self.sibling = None
         self._hold(self.quantized)
 
     def _hold(self, matrix: Quantized) -> None:
@@ -145,7 +155,7 @@ class Int4Linear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: in the order of the format, because another device may read it."""
-        return {**self.__dict__, "_buffers": {**self._buffers, **self._in_format()}}
+        return {**self.__dict__, "_buffers": {**self._buffers, **self._in_format()}, "sibling": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -20,6 +20,7 @@ from formats.manifest import Manifest, TensorRecord
 from formats.selection import WEIGHT
 from formats.tensors import TORCH_DTYPES, spec_of, tensor_from
 from runtime.linear import Int4Linear
+from runtime.siblings import join as join_siblings
 
 BUILDING = threading.RLock()  # one model at a time: `parameters_on_meta` changes torch itself
 ROTARY_TABLE = r"rotary_emb\.inv_freq$"  # old checkpoints hold it; models compute it
@@ -32,19 +33,23 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     revision: str | None = None,
+    join: bool | None = None,
 ) -> nn.Module:
     """Build the model of an int4 checkpoint through transformers, with `Int4Linear` layers, ready to run.
 
     `device` defaults to the GPU if there is one; `dtype` to that of the checkpoint, and never touches codes or scales;
-    `verify` checks the SHA-256 of every shard. Raises `CheckpointError` for a checkpoint that is damaged or does not
-    fit its model exactly, `UsageError` without transformers, `HubError` and `TemporaryError` from the Hub.
+    `verify` checks the SHA-256 of every shard; `join` lets layers that share their input share a product
+    (`siblings.join`): by default on a GPU, where it saves launches; a CPU is slower with larger matrices to unpack.
+
+    Raises `CheckpointError` for a checkpoint that is damaged or does not fit its model exactly, `UsageError` without
+    transformers, `HubError` and `TemporaryError` from the Hub.
     """
     folder = resolve(folder_or_hub_id, revision)
     checkpoint = Checkpoint(folder)
     with BUILDING:
         model: nn.Module = build(folder, dtype, stored=_stored_dtype(checkpoint.manifest))
     ignore = [ROTARY_TABLE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    fill(model, checkpoint, device=parse_device(device), dtype=dtype, verify=verify, ignore=ignore)
+    fill(model, checkpoint, device=parse_device(device), dtype=dtype, verify=verify, join=join, ignore=ignore)
     return model
 
 
@@ -55,14 +60,15 @@ def load_into(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     verify: bool = True,
+    join: bool | None = None,
 ) -> nn.Module:
     """Fill any `module`, on meta or not, from an int4 checkpoint folder; its quantised linears become `Int4Linear`.
 
-    Needs torch (and Triton for speed) alone. Parameters on meta go to `device`. Raises `CheckpointError` unless module
-    and checkpoint name exactly the same tensors, with nothing changed; after an error in the bytes of the checkpoint
-    the module is not fit for use.
+    Needs torch (and Triton for speed) alone. Parameters on meta go to `device`; `join` is that of `load`. Raises
+    `CheckpointError` unless module and checkpoint name exactly the same tensors, with nothing changed; after an error
+    in the bytes of the checkpoint the module is not fit for use.
     """
-    fill(module, Checkpoint(Path(folder)), device=parse_device(device), dtype=dtype, verify=verify)
+    fill(module, Checkpoint(Path(folder)), device=parse_device(device), dtype=dtype, verify=verify, join=join)
     return module
 
 
@@ -164,6 +170,7 @@ def fill(
     device: torch.device,
     dtype: torch.dtype | None,
     verify: bool,
+    join: bool | None,
     ignore: Iterable[str] = (),
 ) -> None:
     """Fill `module` in place; what matches a regular expression of `ignore`, and the module lacks, is not used.
@@ -193,6 +200,8 @@ def fill(
     module.to(device)
     for layer in layers:
         layer.arrange()
+    if join is not False:
+        join_siblings(module, gpu_only=join is None)
 
 
 def _used_rows(held: Mapping[str, Tensor], manifest: Manifest, ignore: Iterable[str]) -> list[TensorRecord]:

@@ -31,7 +31,7 @@ torch.library.define(
 int4_linear: Callable[..., Tensor] = torch.ops.int4.linear.default
 
 
-def _linear(
+def linear(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -91,7 +91,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return x_grad, None, None, None, bias_grad, None, None
 
 
-torch.library.impl("int4::linear", "default", _linear)
+torch.library.impl("int4::linear", "default", linear)
 torch.library.register_fake("int4::linear", _fake_linear)
 torch.library.register_autograd("int4::linear", _backward, setup_context=_keep_for_backward)
 torch.library.impl("int4::linear_grad", "default", _linear_grad)
@@ -113,6 +113,9 @@ def _product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size: int,
     if arranged:
         from runtime.kernels.hopper import hopper_product
 
+        if not matrix.scale.is_contiguous():  # a sibling's is a slice of columns
+            zero = matrix.zero_point
+            matrix = Quantized(matrix.packed, matrix.scale.contiguous(), None if zero is None else zero.contiguous())
         return hopper_product(x, matrix, bias, group_size, fp8=fp8)
     quantized = in_format(matrix, x.shape[1])
     scheme = Scheme(group_size, symmetric=quantized.zero_point is None)

@@ -7,16 +7,22 @@ from formats.layout import Scheme
 from formats.selection import WEIGHT, kept_by_default, matches, never_quantized
 from formats.tensors import spec_of
 from runtime.linear import Int4Linear
+from runtime.siblings import join as join_siblings
 
 
 def quantize_(
-    module: nn.Module, group_size: int = 256, *, symmetric: bool = True, exclude: tuple[str, ...] = ()
+    module: nn.Module,
+    group_size: int = 256,
+    *,
+    symmetric: bool = True,
+    exclude: tuple[str, ...] = (),
+    join: bool | None = None,
 ) -> nn.Module:
     """Replace the linear layers of `module` in place by `Int4Linear` with the codec's absmax scales; returns it.
 
     Output heads and routers stay, as in the converter, and so do layers that are shared or compute their weight from
-    others, and what a pattern of `exclude` names. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an
-    impossible group size or pattern.
+    others, and what a pattern of `exclude` names. `join` is that of `load`. Raises `NonFiniteError` on NaN or
+    infinity, `UsageError` on an impossible group size or pattern.
     """
     scheme = Scheme(group_size, symmetric)
     holders: dict[int, int] = {}
@@ -35,4 +41,6 @@ def quantize_(
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}: {error}") from None
         module.set_submodule(path, layer.train(child.training))
+    if join is not False:
+        join_siblings(module, gpu_only=join is None)
     return module

@@ -17,7 +17,7 @@ from checkpoints import EXAMPLE, contents, random, write_checkpoint
 import converter.cli
 import formats.cli
 import runtime.cli
-from formats.errors import TemporaryError
+from formats.errors import TemporaryError, UsageError
 from formats.manifest import MANIFEST_NAME, read_manifest
 
 MAINS = {"int4-convert": converter.cli.main, "int4-inspect": formats.cli.main, "int4-eval": runtime.cli.main}
@@ -251,6 +251,18 @@ def test_eval_prints_a_table_and_writes_json(call: Call, converted: Path, tmp_pa
 def test_eval_needs_exactly_one_text(call: Call, converted: Path, texts: list[object]) -> None:
     result = call("int4-eval", converted, *texts)
     assert (result.code, "give a text" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize(("options", "join"), [([], None), (["--no-join"], False)])
+def test_eval_joins_layers_unless_told_otherwise(
+    call: Call, converted: Path, monkeypatch: pytest.MonkeyPatch, options: list[object], join: bool | None
+) -> None:
+    def load(*args: object, join: bool | None, **kwargs: object) -> None:
+        raise UsageError(f"join is {join}")
+
+    monkeypatch.setattr(runtime.cli, "load", load)
+    result = call("int4-eval", converted, "--text", EXAMPLE / "config.json", *options)
+    assert f"join is {join}" in result.err
 
 
 def evaluate_untrained(call: Call, folder: Path, architecture: str, **fields: int) -> Result:

@@ -34,7 +34,7 @@ COLUMNS = {"N x K": 13, "G": 4, "M": 5, "x": 4, "bf16 us": 9, "int4 us": 9, "spe
 @click.option(
     "--peers", "peers_to", default=128, show_default=True, help="Time other people's kernels to so many tokens."
 )
-@click.option("--activations", default="bf16,fp8", show_default=True, help="fp8 where there are enough tokens for it.")
+@click.option("--activations", default="bf16,fp8", show_default=True, help="fp8 only where there are tokens enough.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to this file too.")
 def main(tokens: str, group_sizes: str, peers_to: int, activations: str, json_file: Path | None) -> None:
     """Print a row a shape and number of tokens; exit with 1 if a result is wrong."""
