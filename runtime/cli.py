@@ -34,6 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Windows in a forward pass.")
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Type to compute in.  [default: the checkpoint's]")
 @click.option("--no-join", is_flag=True, help="On a GPU, give layers that share their input a product each.")
+@click.option("--activations", type=click.Choice(["fp8"]), help="Round what enters a layer; many tokens are faster.")
 @click.option("--device", help="Where to run.  [default: cuda if there is a GPU, else cpu]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file too.")
 @click.version_option(__version__)
@@ -47,6 +48,7 @@ def command(
     batch_size: int,
     dtype: str | None,
     no_join: bool,
+    activations: str | None,
     device: str | None,
     json_file: Path | None,
 ) -> None:
@@ -62,7 +64,7 @@ def command(
     place = parse_device(device)
     kind = None if dtype is None else DTYPES[dtype]
     folder = resolve(checkpoint)
-    model = load(folder, device=place, dtype=kind, join=False if no_join else None)
+    model = load(folder, device=place, dtype=kind, join=False if no_join else None, activations=activations)
     original = None if reference is None else _load_reference(reference, place, kind)
     corpus = read_text(text) if text is not None else DATASETS[str(dataset)]()
     windows = windows_of(_tokenize(folder, corpus), seq_len, max_windows)

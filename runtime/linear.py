@@ -64,13 +64,16 @@ class Int4Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, scheme: Scheme) -> "Int4Linear":
+    def from_linear(cls, linear: nn.Linear, scheme: Scheme, activations: str | None = None) -> "Int4Linear":
         """The int4 form of `linear`, by the codec's absmax scales, sharing its bias.
 
         Raises `NonFiniteError` on NaN or infinity.
         """
         weight = linear.weight.detach()
-        layer = cls(linear.in_features, linear.out_features, scheme, bias=False, dtype=weight.dtype, device="meta")
+        layer = cls(
+            linear.in_features, linear.out_features, scheme,
+            bias=False, dtype=weight.dtype, device="meta", activations=activations,
+        )  # fmt: skip
         quantized = quantize(weight, scheme, layer.weight_scale.dtype)
         layer._hold(quantized)
         layer.bias = linear.bias
@@ -86,7 +89,7 @@ class Int4Linear(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x · Ŵᵀ + `bias` by the layer itself."""
-        # Where nothing is traced and no gradient wanted, past torch's dispatcher: it costs the host as much as a launch.
+        # Past torch's dispatcher where nothing is traced and no gradient wanted: it costs the host as much as a launch.
         plain = type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         product = linear if plain and self.arranged else int4_linear
         fp8 = self.activations == "fp8"

@@ -34,12 +34,14 @@ def load(
     verify: bool = True,
     revision: str | None = None,
     join: bool | None = None,
+    activations: str | None = None,
 ) -> nn.Module:
     """Build the model of an int4 checkpoint through transformers, with `Int4Linear` layers, ready to run.
 
     `device` defaults to the GPU if there is one; `dtype` to that of the checkpoint, and never touches codes or scales;
     `verify` checks the SHA-256 of every shard; `join` lets layers that share their input share a product
     (`siblings.join`): by default on a GPU, where it saves launches; a CPU is slower with larger matrices to unpack.
+    `activations="fp8"` is faster with many tokens and changes the numbers (`Int4Linear`).
 
     Raises `CheckpointError` for a checkpoint that is damaged or does not fit its model exactly, `UsageError` without
     transformers, `HubError` and `TemporaryError` from the Hub.
@@ -49,7 +51,8 @@ def load(
     with BUILDING:
         model: nn.Module = build(folder, dtype, stored=_stored_dtype(checkpoint.manifest))
     ignore = [ROTARY_TABLE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
-    fill(model, checkpoint, device=parse_device(device), dtype=dtype, verify=verify, join=join, ignore=ignore)
+    fill(model, checkpoint, device=parse_device(device), dtype=dtype, verify=verify, join=join,
+         activations=activations, ignore=ignore)  # fmt: skip
     return model
 
 
@@ -61,14 +64,16 @@ def load_into(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     join: bool | None = None,
+    activations: str | None = None,
 ) -> nn.Module:
     """Fill any `module`, on meta or not, from an int4 checkpoint folder; its quantised linears become `Int4Linear`.
 
-    Needs torch (and Triton for speed) alone. Parameters on meta go to `device`; `join` is that of `load`. Raises
-    `CheckpointError` unless module and checkpoint name exactly the same tensors, with nothing changed; after an error
-    in the bytes of the checkpoint the module is not fit for use.
+    Needs torch (and Triton for speed) alone. Parameters on meta go to `device`; `join` and `activations` are those of
+    `load`. Raises `CheckpointError` unless module and checkpoint name exactly the same tensors, with nothing changed;
+    after an error in the bytes of the checkpoint the module is not fit for use.
     """
-    fill(module, Checkpoint(Path(folder)), device=parse_device(device), dtype=dtype, verify=verify, join=join)
+    fill(module, Checkpoint(Path(folder)), device=parse_device(device), dtype=dtype, verify=verify, join=join,
+         activations=activations)  # fmt: skip
     return module
 
 
@@ -171,6 +176,7 @@ def fill(
     dtype: torch.dtype | None,
     verify: bool,
     join: bool | None,
+    activations: str | None,
     ignore: Iterable[str] = (),
 ) -> None:
     """Fill `module` in place; what matches a regular expression of `ignore`, and the module lacks, is not used.
@@ -191,7 +197,7 @@ def fill(
     _compare(used, tied, where)
     _refuse_meta_tables(module, tied, where)
     _check_kept(held, rows, used, tied, where)
-    layers = [_swap(module, row, scheme) for row in rows if row.quantized]
+    layers = [_swap(module, row, scheme, activations) for row in rows if row.quantized]
     for name, spec, data in checkpoint.stream(verify):
         if name in used:
             # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
@@ -234,11 +240,12 @@ def _check_kept(
                 raise CheckpointError(f"{where}: {name!r} is {row.spec}, the model expects {spec_of(old)}")
 
 
-def _swap(module: nn.Module, row: TensorRecord, scheme: Scheme) -> Int4Linear:
+def _swap(module: nn.Module, row: TensorRecord, scheme: Scheme, activations: str | None) -> Int4Linear:
     path = row.name.removesuffix(WEIGHT)
     old: Any = module.get_submodule(path)
     rows, columns = row.shape
-    new = Int4Linear(columns, rows, scheme, bias=False, dtype=TORCH_DTYPES[row.dtype], device="meta")
+    dtype = TORCH_DTYPES[row.dtype]
+    new = Int4Linear(columns, rows, scheme, bias=False, dtype=dtype, device="meta", activations=activations)
     new.bias = old.bias
     module.set_submodule(path, new.train(old.training))
     return new

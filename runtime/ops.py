@@ -15,7 +15,7 @@ from runtime.activations import rounded_to_fp8
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 SPLIT_K_BELOW = 16  # tokens; fewer leave most of the GPU idle unless K is shared out
-FP8_TOKENS = 256  # in fewer the bytes of the weights decide the time, and fp8 would only cost precision
+FP8_TOKENS = 1024  # with fewer the bytes of the weights decide the time, and fp8 would only cost precision
 FP8_COLUMNS = 64  # of a group, at least: the tensor cores add this many before its scale comes in
 
 # By schema: a decorated custom_op costs the host several times as much a call.
@@ -113,9 +113,6 @@ def _product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size: int,
     if arranged:
         from runtime.kernels.hopper import hopper_product
 
-        if not matrix.scale.is_contiguous():  # a sibling's is a slice of columns
-            zero = matrix.zero_point
-            matrix = Quantized(matrix.packed, matrix.scale.contiguous(), None if zero is None else zero.contiguous())
         return hopper_product(x, matrix, bias, group_size, fp8=fp8)
     quantized = in_format(matrix, x.shape[1])
     scheme = Scheme(group_size, symmetric=quantized.zero_point is None)

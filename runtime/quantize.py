@@ -17,12 +17,13 @@ def quantize_(
     symmetric: bool = True,
     exclude: tuple[str, ...] = (),
     join: bool | None = None,
+    activations: str | None = None,
 ) -> nn.Module:
     """Replace the linear layers of `module` in place by `Int4Linear` with the codec's absmax scales; returns it.
 
     Output heads and routers stay, as in the converter, and so do layers that are shared or compute their weight from
-    others, and what a pattern of `exclude` names. `join` is that of `load`. Raises `NonFiniteError` on NaN or
-    infinity, `UsageError` on an impossible group size or pattern.
+    others, and what a pattern of `exclude` names. `join` and `activations` are those of `load`. Raises
+    `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group size or pattern.
     """
     scheme = Scheme(group_size, symmetric)
     holders: dict[int, int] = {}
@@ -37,7 +38,7 @@ def quantize_(
         if kept or any(matches(pattern, name) for pattern in exclude):
             continue
         try:
-            layer = Int4Linear.from_linear(child, scheme)
+            layer = Int4Linear.from_linear(child, scheme, activations)
         except NonFiniteError as error:
             raise NonFiniteError(f"{path}: {error}") from None
         module.set_submodule(path, layer.train(child.training))

@@ -10,24 +10,22 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from triton import compile as triton_compile
 from triton import knobs
+from triton._utils import canonicalize_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from converter.quantize.kernels import absmax_kernel
-from runtime.kernels import hopper
-from runtime.kernels.hopper_batch import batch_kernel
-from runtime.kernels.hopper_decode import decode_kernel
-from runtime.kernels.hopper_prefill import prefill_kernel
-from runtime.kernels.hopper_tiles import REDUCE_ROWS, REDUCE_TOKENS, reduce_kernel
+from runtime.kernels import hopper, hopper_fp8, hopper_prefill, launch
 from runtime.kernels.matmul import matmul_kernel
 from runtime.kernels.splitk import reduce_kernel as splitk_reduce_kernel
 from runtime.kernels.splitk import splitk_kernel
 from runtime.repack import arrange_kernel, restore_kernel
 
+PROCESSORS = 132
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -70,51 +68,43 @@ def portable() -> Iterator[tuple[str, str, Any]]:
 
 
 def shipped() -> Iterator[tuple[str, str, Any]]:
-    """The Hopper kernels with every set of options in the table."""
-    entries = {json.dumps([entry.kernel, entry.options]): entry for entry in hopper.table()}
-    for entry in entries.values():
-        options = dict(entry.options)
-        name = f"{entry.kernel} {options}"
-        yield "sm_90", name, gluon_kernel(entry.kernel, options, entry.tokens)
-        if options.get("splits", 1) > 1:
-            yield "sm_90", f"reduce {options}", gluon_kernel("reduce", options, entry.tokens)
-
-
-def gluon_kernel(kind: str, options: dict[str, int], tokens: int) -> Any:
-    """One Hopper kernel as its launcher would have it compiled."""
-    rows = 16 * options.get("warps", 8)
-    common = {"HAS_BIAS": True, "RASTER": options.get("raster")}
-    if kind == "decode":
-        constants = {"GROUP": 128, "HAS_BIAS": True, "TAIL": True, "STEP": 2, "ROWS": options["rows"],
-                     "TOKENS": 8 if tokens <= 8 else 16, "BUFFERS": options["buffers"],
-                     "num_warps": options["warps"]}  # fmt: skip
-        return gluon_compile(decode_kernel, constants, POINTERS, options["warps"])
-    if kind == "reduce":
-        constants = {**common, "ROWS": rows, "TOKENS": options["tokens"], "SPLITS": options["splits"],
-                     "BLOCK_ROWS": REDUCE_ROWS, "BLOCK_TOKENS": min(REDUCE_TOKENS, options["tokens"])}  # fmt: skip
-        return gluon_compile(reduce_kernel, constants, POINTERS, 4)
-    constants = {**common, "GROUP": 128, "SPLITS": options["splits"], "BUFFERS": options["buffers"]}
-    kernel, width, warps = (batch_kernel, rows, options.get("warps", 4)) if kind == "batch" else (prefill_kernel, 64, 4)
-    if kind == "batch":
-        constants["num_warps"] = warps
-    boxes = {"x_desc": box(options["tokens"], 64), "y_desc": box(options["tokens"], width), "scale_ptr": "*u16"}
-    return gluon_compile(kernel, constants, {**POINTERS, **boxes}, warps)
-
-
-def box(rows: int, columns: int) -> str:
-    """The type of a descriptor for boxes [rows, columns] in bf16."""
-    return f"tensordesc<bf16[{rows}, {columns}],{gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)!r}>"
-
-
-def gluon_compile(kernel: Any, constants: dict[str, Any], types: dict[str, str], warps: int) -> Any:
-    """The kernel for Hopper."""
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in ALIGNED if name in names}
-    source = GluonASTSource(
-        kernel, signature, {(names.index(name),): constants[name] for name in constants}, attributes
+    """The Hopper kernels with every set of options in the table, symmetric and with a bias, as they are launched."""
+    hopper_prefill.processors = hopper_fp8.processors = lambda device: PROCESSORS
+    launch.Launcher.__call__ = lambda self, grid, x, args, constants, **options: launches.append(
+        (self.kernel, args, constants, options)
     )
-    return triton_compile(source, target=TARGETS["sm_90"], options={"num_warps": warps, "launch_pdl": True})
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]] = []
+    sources = {json.dumps([entry.kernel, entry.options]): entry for entry in hopper.table()}
+    for entry in sources.values():
+        x = torch.empty(entry.tokens, entry.columns, dtype=torch.bfloat16)
+        words = torch.empty(entry.rows // 16, entry.columns // 64, 128, dtype=torch.int32)
+        scale = torch.empty(entry.columns // 128, entry.rows, dtype=torch.bfloat16)
+        hopper.KERNELS[entry.kernel](x, words, scale, None, scale[0], 128, **entry.options)
+        while launches:
+            kernel, args, constants, options = launches.pop()
+            name = f"{kernel.__name__.removesuffix('_kernel')} {entry.options}"
+            yield "sm_90", name, compile_launch(kernel, args, constants, options)
+
+
+def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The kernel of one launch, for Hopper."""
+    names = kernel.arg_names
+    types = [type_of(arg) for arg in args] + ["constexpr"] * len(constants)
+    whole = [isinstance(arg, torch.Tensor) and name != "bias_ptr" for name, arg in zip(names, args, strict=False)]
+    attributes = {(i,): [["tt.divisibility", 16]] for i, aligned in enumerate(whole) if aligned}
+    values = {(len(args) + i,): value for i, value in enumerate(constants.values())}
+    source_type = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = source_type(kernel, dict(zip(names, types, strict=True)), values, attributes)
+    warps = {"num_warps": constants.get("num_warps", 4)}
+    return triton_compile(source, target=TARGETS["sm_90"], options={**warps, **options, "launch_pdl": True})
+
+
+def type_of(arg: Any) -> str:
+    """Triton's name for the type of an argument."""
+    if isinstance(arg, launch.Box):
+        kind = canonicalize_dtype(arg.base.dtype)
+        return f"tensordesc<{kind}[{', '.join(map(str, arg.block_shape))}],{arg.layout!r}>"
+    return f"*{canonicalize_dtype(arg.dtype)}" if isinstance(arg, torch.Tensor) else "i32"
 
 
 def local_bytes(compiled: Any) -> str:

@@ -28,7 +28,7 @@ def test_every_kernel_compiles_for_every_kind_of_gpu(rows: list[list[str]]) -> N
 
 def test_no_kernel_of_the_table_spills_registers(rows: list[list[str]]) -> None:
     shipped = {name: spilled for chip, name, _, spilled in rows if "{" in name}
-    assert {name.split()[0] for name in shipped} == {"decode", "batch", "prefill", "reduce"}
+    assert {name.split()[0] for name in shipped} == {"decode", "batch", "prefill", "reduce", "fp8", "quantize_tokens"}
     assert {name: spilled for name, spilled in shipped.items() if spilled != "0"} == {}
 
 

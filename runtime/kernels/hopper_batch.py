@@ -26,6 +26,7 @@ from runtime.kernels.hopper_tiles import (
     expect_step,
     multiply_step,
     place_of,
+    range_of,
     reduce_tiles,
     rows_box,
     scales_in,
@@ -34,9 +35,9 @@ from runtime.kernels.hopper_tiles import (
 from runtime.kernels.launch import Launcher
 
 
-@gluon.jit(do_not_specialize=["M", "N", "column_blocks"], do_not_specialize_on_alignment=["bias_ptr"])
+@gluon.jit(do_not_specialize=["M", "N", "stride", "column_blocks"], do_not_specialize_on_alignment=["bias_ptr"])
 def batch_kernel(
-    x_desc, words_desc, scale_desc, zero_desc, y_desc, partial_ptr, bias_ptr, M, N, column_blocks,
+    x_desc, words_desc, scale_desc, zero_desc, y_desc, partial_ptr, bias_ptr, M, N, stride, column_blocks,
     GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ZERO: gl.constexpr, SPLITS: gl.constexpr, RASTER: gl.constexpr,
     STEP: gl.constexpr, BUFFERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -60,13 +61,12 @@ def batch_kernel(
     release_successor()
     row_tile, token_tile = place_of(gl.program_id(0), M, gl.cdiv(N, ROWS), TOKENS, RASTER)
     first_token = token_tile * TOKENS
-    begin = column_blocks * gl.program_id(1) // SPLITS
-    end = column_blocks * (gl.program_id(1) + 1) // SPLITS
+    begin, end = range_of(column_blocks, gl.program_id(1), SPLITS, STEP)
     steps = gl.cdiv(end - begin, STEP)
     ahead = gl.minimum(steps, BUFFERS)
     for step in range(ahead):  # weights do not wait for the kernel before
         expect_step(ring, step, HAS_ZERO, BUFFERS)
-        bring_weights(ring, step, row_tile, begin + step * STEP, N, GROUP, HAS_ZERO, STEP, BUFFERS)
+        bring_weights(ring, step, row_tile, begin + step * STEP, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
     wait_for_predecessor()
     for step in range(ahead):
         bring_tokens(ring, step, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
@@ -79,7 +79,7 @@ def batch_kernel(
         if late < steps:
             k = begin + late * STEP
             expect_step(ring, slot, HAS_ZERO, BUFFERS)
-            bring_weights(ring, slot, row_tile, k, N, GROUP, HAS_ZERO, STEP, BUFFERS)
+            bring_weights(ring, slot, row_tile, k, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
             bring_tokens(ring, slot, first_token, k, end, column_blocks, BUFFERS)
     for i in gl.static_range(BUFFERS):
         mbarrier.invalidate(ready.index(i))
@@ -118,7 +118,8 @@ def batch(
     scales = rows_box(scale, rows)
     args = (
         box(x, tokens, 64), words_box(words, rows), scales, scales if zero is None else rows_box(zero, rows),
-        box(y, tokens, rows), partial, x if bias is None else bias, x.shape[0], outputs, words.shape[1],
+        box(y, tokens, rows), partial, x if bias is None else bias, x.shape[0], outputs, scale.stride(0),
+        words.shape[1],
     )  # fmt: skip
     constants = {
         "GROUP": group, "HAS_BIAS": bias is not None, "HAS_ZERO": zero is not None, "SPLITS": splits,

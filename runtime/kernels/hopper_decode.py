@@ -24,7 +24,7 @@ from runtime.kernels.fragments import (
     wait_for_predecessor,
     weights_of,
 )
-from runtime.kernels.hopper_tiles import doublings, reduce_tiles
+from runtime.kernels.hopper_tiles import doublings, range_of, reduce_tiles
 from runtime.kernels.launch import Launcher
 
 ZERO_CODES = gl.constexpr(-0x77777778)  # a word of eight codes 0
@@ -71,15 +71,17 @@ def of_rows(values, FRAGMENT: gl.constexpr, SCALES: gl.constexpr):
 
 
 @gluon.jit
-def fetch(words_at, values_at, scale_ptr, zero_ptr, step, steps, end, K, N, LATE: gl.constexpr, HAS_ZERO: gl.constexpr,
-          GROUP: gl.constexpr, STRIDE: gl.constexpr):  # fmt: skip
+def fetch(
+    words_at, values_at, scale_ptr, zero_ptr, step, steps, end, K, stride,
+    LATE: gl.constexpr, HAS_ZERO: gl.constexpr, GROUP: gl.constexpr, STRIDE: gl.constexpr,
+):  # fmt: skip
     """Words, scales and zero points of `step`; past the last step, and past `end`, codes or scales are 0."""
     words_at, block = words_at
     row, column = values_at
     inside = (block + step * STRIDE < end) & (step < steps)
     words = gl.load(words_at + step * (STRIDE * 128), mask=inside, other=ZERO_CODES)
     column += step * (STRIDE * 64)
-    at = gl.minimum(column, K - 1) // GROUP * N + row
+    at = gl.minimum(column, K - 1) // GROUP * stride + row
     if LATE:
         scale = gl.load(scale_ptr + at)
         zero = scale
@@ -112,11 +114,12 @@ def bring_tokens(ring, x_at, inside, column, step, steps, K, STRIDE: gl.constexp
 
 
 @gluon.jit(
-    do_not_specialize=["M", "N", "eighths", "row_blocks", "column_blocks"],
+    do_not_specialize=["M", "N", "stride", "eighths", "row_blocks", "column_blocks"],
     do_not_specialize_on_alignment=["bias_ptr", "zero_ptr"],
 )
 def decode_kernel(
-    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr, M, N, eighths, row_blocks, column_blocks,
+    x_ptr, words_ptr, scale_ptr, zero_ptr, bias_ptr, y_ptr, partial_ptr,
+    M, N, stride, eighths, row_blocks, column_blocks,
     GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ZERO: gl.constexpr, TAIL: gl.constexpr, ROWS: gl.constexpr,
     TOKENS: gl.constexpr, STEP: gl.constexpr, DEPTH: gl.constexpr, RING: gl.constexpr, SPLITS: gl.constexpr,
     num_warps: gl.constexpr,
@@ -137,9 +140,7 @@ def decode_kernel(
     word_layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [W, 1, 1], [2, 1, 0])
     release_successor()
     K = eighths * 8  # so that the compiler knows that rows of x start at 16 bytes
-    units = gl.cdiv(column_blocks, STEP)
-    begin = units * gl.program_id(1) // SPLITS * STEP
-    end = gl.minimum(units * (gl.program_id(1) + 1) // SPLITS * STEP, column_blocks)
+    begin, end = range_of(column_blocks, gl.program_id(1), SPLITS, STEP)
     steps = gl.cdiv(end - begin, STRIDE)
 
     # words: [W, BLOCKS, STEP * 128]
@@ -167,7 +168,9 @@ def decode_kernel(
 
     ahead = ()
     for i in gl.static_range(DEPTH):
-        ahead += (fetch(words_at, values_at, scale_ptr, zero_ptr, i, steps, end, K, N, LATE, HAS_ZERO, GROUP, STRIDE),)
+        ahead += (
+            fetch(words_at, values_at, scale_ptr, zero_ptr, i, steps, end, K, stride, LATE, HAS_ZERO, GROUP, STRIDE),
+        )
 
     # tokens: [W, TOKENS, COLUMNS] or, where the tensor cores take them, [W, COLUMNS, TOKENS]
     if RING:
@@ -225,7 +228,7 @@ def decode_kernel(
                 total = mma_v2(weights, x, total)
             late = turn + i + DEPTH
             fetched = fetch(
-                words_at, values_at, scale_ptr, zero_ptr, late, steps, end, K, N, LATE, HAS_ZERO, GROUP, STRIDE
+                words_at, values_at, scale_ptr, zero_ptr, late, steps, end, K, stride, LATE, HAS_ZERO, GROUP, STRIDE
             )
             ahead = ahead[:i] + (fetched,) + ahead[i + 1 :]
             if RING:
@@ -269,6 +272,7 @@ def decode(
     partial = x.new_empty(programs * splits * rows * width, dtype=torch.float32) if splits > 1 else y
     args = (
         x, words, scale, words if zero is None else zero, x if bias is None else bias, y, partial, *y.shape,
+        scale.stride(0),
         columns // 8, *words.shape[:2],
     )  # fmt: skip
     constants = {

@@ -13,13 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from formats.layout import ceil_div
@@ -39,6 +33,7 @@ from runtime.kernels.hopper_tiles import (
 )
 from runtime.kernels.launch import Launcher
 
+TILE = 256  # tokens, at most
 LARGEST = tl.constexpr(448.0)  # in e4m3
 SMALLEST = tl.constexpr(2.0**-126)
 
@@ -60,12 +55,12 @@ def quantize_tokens_kernel(x_ptr, y_ptr, scale_ptr, eighths, stride, BLOCK: tl.c
 
 
 @gluon.jit
-def operand(words, place, LAYOUT: gl.constexpr):
-    """The codes [64, 64] of one block of columns as e4m3, where wgmma reads them."""
+def operand(words, place, STEP: gl.constexpr, LAYOUT: gl.constexpr):
+    """The codes [64, 64 · STEP] of a step as e4m3, where wgmma reads them."""
     codes = words.index(place).load(words_layout(4))
-    codes = gl.convert_layout(gl.reshape(codes, [4, 1, 8, 4, 4]), fragment_layout(4, 1, 4), assert_trivial=True)
-    codes = codes_in_fp8(codes)  # block 1 g c t e i
-    codes = gl.reshape(gl.permute(codes, (0, 5, 2, 1, 4, 3, 6)), [64, 64])  # block e g | 1 t c i
+    codes = gl.convert_layout(gl.reshape(codes, [4, STEP, 8, 4, 4]), fragment_layout(4, STEP, 4), assert_trivial=True)
+    codes = codes_in_fp8(codes)  # block step g c t e i
+    codes = gl.reshape(gl.permute(codes, (0, 5, 2, 1, 4, 3, 6)), [64, 64 * STEP])  # block e g | step t c i
     return gl.convert_layout(codes, LAYOUT, assert_trivial=True)
 
 
@@ -83,7 +78,7 @@ def consume(
     own = staging.index(part)
     count = 0
     for item in range(gl.program_id(0), order.items, gl.num_programs(0)):
-        _, row_tile, first_token, _, _ = task_of(order, item, 128, TOKENS, 1, RASTER)
+        _, row_tile, first_token, _, _ = task_of(order, item, 128, TOKENS, 1, RASTER, STEP)
         totals = ()
         for _ in gl.static_range(PIECES):
             totals += (gl.zeros([64, 128], gl.float32, layout=mma),)
@@ -92,15 +87,10 @@ def consume(
             mbarrier.wait(ring.ready.index(slot), count // BUFFERS & 1)
             scale = ring.scales.index(slot).slice(part * 64, 64).load(gl.SliceLayout(1, mma))
             scale = scale.to(gl.int16, bitcast=True).to(y_desc.dtype, bitcast=True).to(gl.float32)
-            codes = ()
+            codes = operand(ring.words, slot * 2 + part, STEP, left)
             for piece in gl.static_range(PIECES):
-                product = gl.zeros([64, 128], gl.float32, layout=mma)
-                for i in gl.static_range(STEP):
-                    if piece == 0:  # each block is unpacked while the tensor cores work on the one before
-                        codes += (operand(ring.words, (slot * 2 + part) * STEP + i, left),)
-                    tokens = ring.x.index(slot * STEP + i).slice(piece * 128, 128).permute((1, 0))
-                    product = warpgroup_mma(codes[i], tokens, product, use_acc=i > 0, is_async=True)
-                product = warpgroup_mma_wait(0, deps=[product])
+                tokens = ring.x.index(slot).slice(piece * 128, 128).permute((1, 0))
+                product = warpgroup_mma(codes, tokens, gl.zeros([64, 128], gl.float32, layout=mma), use_acc=False)
                 total = gl.fma(product, gl.expand_dims(scale, 1) + gl.zeros_like(product), totals[piece])
                 totals = totals[:piece] + (total,) + totals[piece + 1 :]
             mbarrier.arrive(free.index(slot), count=1)
@@ -109,7 +99,7 @@ def consume(
         tma.store_wait(0)  # for the tile before
         for piece in gl.static_range(PIECES):
             token = first_token + piece * 128 + gl.arange(0, 128, gl.SliceLayout(0, mma))
-            token_scale = gl.load(token_scale_ptr + token, mask=token < order.M, other=0.0)
+            token_scale = gl.load(token_scale_ptr + token)
             y = totals[piece] * gl.expand_dims(token_scale, 0)
             if HAS_BIAS:
                 at = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma))[:, None]
@@ -120,15 +110,17 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "column_blocks", "items"], do_not_specialize_on_alignment=["bias_ptr"])
+@gluon.jit(
+    do_not_specialize=["M", "N", "stride", "column_blocks", "items"], do_not_specialize_on_alignment=["bias_ptr"]
+)
 def fp8_kernel(
-    x_desc, words_desc, scale_desc, y_desc, token_scale_ptr, bias_ptr, M, N, column_blocks, items,
+    x_desc, words_desc, scale_desc, y_desc, token_scale_ptr, bias_ptr, M, N, stride, column_blocks, items,
     GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, RASTER: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th of the tiles of 128 rows × TOKENS tokens."""
     TOKENS: gl.constexpr = x_desc.block_type.shape[0]
-    x = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS * STEP, TOKENS, 64], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [BUFFERS * 2 * STEP, 4, 4, 32], words_desc.layout)
+    x = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, TOKENS, 64 * STEP], x_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [BUFFERS * 2, 4, 4 * STEP, 32], words_desc.layout)
     scales = gl.allocate_shared_memory(gl.uint16, [BUFFERS, 128], scale_desc.layout)
     staging = gl.allocate_shared_memory(y_desc.dtype, [2, TOKENS, 64], y_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
@@ -138,13 +130,13 @@ def fp8_kernel(
         mbarrier.init(free.index(i), count=2)
     release_successor()
     ring = Ring(x_desc, words_desc, scale_desc, scale_desc, x, words, scales, scales, ready)
-    order = Order(M, N, column_blocks, items, items)
+    order = Order(M, N, stride, column_blocks, items, items)
     out = (y_desc, staging, bias_ptr, token_scale_ptr)
     gl.warp_specialize([
         (consume, (order, ring, free, out, 0, HAS_BIAS, RASTER, STEP, BUFFERS)),
         (consume, (order, ring, free, out, 1, HAS_BIAS, RASTER, STEP, BUFFERS)),
         (produce, (order, ring, free, 128, GROUP, False, 1, RASTER, STEP, BUFFERS)),
-    ], [4, 1], [240, 24])  # fmt: skip
+    ], [4, 1], [240, 32])  # fmt: skip
 
 
 launch_quantize = Launcher(quantize_tokens_kernel)
@@ -155,7 +147,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [M, K] → e4m3 [M, K up to a multiple of 64] in the order of the kernel, and their scales fp32 [M]."""
     tokens, columns = x.shape
     y = x.new_empty(tokens, ceil_div(columns, 64) * 64, dtype=torch.float8_e4m3fn)
-    scale = x.new_empty(tokens, dtype=torch.float32)
+    scale = x.new_empty(ceil_div(tokens, TILE) * TILE, dtype=torch.float32)[:tokens]  # a tile reads all of its own
     block = triton.next_power_of_2(y.shape[1])
     args = (x, y, scale, columns // 8, y.shape[1] // 64)
     launch_quantize((tokens,), x, args, {"BLOCK": block}, num_warps=min(16, max(1, block // 512)))
@@ -175,8 +167,8 @@ def fp8(
     y = x.new_empty(x.shape[0], scale.shape[1])
     tiles = ceil_div(y.shape[1], 128) * ceil_div(x.shape[0], tokens)
     args = (
-        box(x8, tokens, 64), words_box(words, 64), rows_box(scale, 128), box(y, tokens, 64), token_scale,
-        x if bias is None else bias, *y.shape, words.shape[1], tiles,
+        box(x8, tokens, 64 * step), words_box(words, 64, step), rows_box(scale, 128), box(y, tokens, 64), token_scale,
+        x if bias is None else bias, *y.shape, scale.stride(0), words.shape[1], tiles,
     )  # fmt: skip
     constants = {"GROUP": group, "HAS_BIAS": bias is not None, "RASTER": raster, "STEP": step, "BUFFERS": buffers}
     launch_fp8((min(tiles, processors(x.device)),), x, args, constants, num_warps=4)

@@ -58,7 +58,7 @@ def consume(
     token = gl.arange(0, TOKENS, gl.SliceLayout(0, mma))[None, :]
     count = 0
     for item in range(gl.program_id(0), order.items, gl.num_programs(0)):
-        piece, row_tile, first_token, begin, end = task_of(order, item, 2 * ROWS, TOKENS, SPLITS, RASTER)
+        piece, row_tile, first_token, begin, end = task_of(order, item, 2 * ROWS, TOKENS, SPLITS, RASTER, STEP)
         total = gl.zeros([ROWS, TOKENS], gl.float32, layout=mma)
         for _ in range(gl.cdiv(end - begin, STEP)):
             slot = count % BUFFERS
@@ -81,9 +81,12 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "column_blocks", "whole", "items"], do_not_specialize_on_alignment=["bias_ptr"])
+@gluon.jit(
+    do_not_specialize=["M", "N", "stride", "column_blocks", "whole", "items"],
+    do_not_specialize_on_alignment=["bias_ptr"],
+)
 def prefill_kernel(
-    x_desc, words_desc, scale_desc, zero_desc, y_desc, partial_ptr, bias_ptr, M, N, column_blocks, whole, items,
+    x_desc, words_desc, scale_desc, zero_desc, y_desc, partial_ptr, bias_ptr, M, N, stride, column_blocks, whole, items,
     GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ZERO: gl.constexpr, SPLITS: gl.constexpr,
     RASTER: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -106,13 +109,13 @@ def prefill_kernel(
         mbarrier.init(free.index(i), count=2)
     release_successor()
     ring = Ring(x_desc, words_desc, scale_desc, zero_desc, x, words, scales, zeros, ready)
-    order = Order(M, N, column_blocks, whole, items)
+    order = Order(M, N, stride, column_blocks, whole, items)
     out = (y_desc, staging, bias_ptr, partial_ptr)
     gl.warp_specialize([
         (consume, (order, ring, free, out, 0, HAS_BIAS, HAS_ZERO, SPLITS, RASTER, STEP, BUFFERS)),
         (consume, (order, ring, free, out, 1, HAS_BIAS, HAS_ZERO, SPLITS, RASTER, STEP, BUFFERS)),
         (produce, (order, ring, free, ROWS, GROUP, HAS_ZERO, SPLITS, RASTER, STEP, BUFFERS)),
-    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    ], [4, 1], [REGISTERS, 32])  # fmt: skip
 
 
 launch_prefill = Launcher(prefill_kernel)
@@ -138,7 +141,7 @@ def prefill(
     args = (
         box(x, tokens, 64), words_box(words, rows // 2), scales,
         scales if zero is None else rows_box(zero, rows), box(y, tokens, rows // 2), partial,
-        x if bias is None else bias, x.shape[0], outputs, words.shape[1], whole, items,
+        x if bias is None else bias, x.shape[0], outputs, scale.stride(0), words.shape[1], whole, items,
     )  # fmt: skip
     constants = {
         "GROUP": group, "HAS_BIAS": bias is not None, "HAS_ZERO": zero is not None,

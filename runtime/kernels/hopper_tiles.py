@@ -6,6 +6,8 @@ counts the bytes on the slot's barrier. With SCALES groups in a step, and tiles 
     words           [BUFFERS · PARTS · STEP, ROWS / 16, 4, 32] int32     in kernel order, see `fragments`
     scales, zeros   [BUFFERS · SCALES, PARTS · ROWS] 16 bits
     tokens          [BUFFERS · STEP, TOKENS, 64]
+
+In fp8 one box holds all blocks of a step.
 """
 
 from functools import cache
@@ -51,6 +53,14 @@ def place_of(tile, M, row_tiles, TOKENS: gl.constexpr, RASTER: gl.constexpr):
     return first + within % height, within // height
 
 
+@gluon.jit
+def range_of(column_blocks, split, SPLITS: gl.constexpr, STEP: gl.constexpr):
+    """First and last column block of one of SPLITS parts of K, which begin where steps do."""
+    units = gl.cdiv(column_blocks, STEP)
+    begin, end = units * split // SPLITS, units * (split + 1) // SPLITS
+    return begin * STEP, gl.minimum(end * STEP, column_blocks)
+
+
 @gluon.constexpr_function
 def scales_in(step, group):
     """Rows of scales for a step of blocks of 64 columns: one for each stretch that no border of a group cuts."""
@@ -73,19 +83,28 @@ def expect_step(ring, slot, HAS_ZERO: gl.constexpr, BUFFERS: gl.constexpr):
 
 @gluon.jit
 def bring_weights(
-    ring, slot, row_tile, k, N, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr
+    ring,
+    slot,
+    row_tile,
+    k,
+    stride,
+    GROUP: gl.constexpr,
+    HAS_ZERO: gl.constexpr,
+    STEP: gl.constexpr,
+    BUFFERS: gl.constexpr,
 ):
     """Words, scales and zero points of the step from column block `k` on → `slot` of the ring."""
     BLOCKS: gl.constexpr = ring.words_desc.block_type.shape[0]
-    PARTS: gl.constexpr = ring.words.type.shape[0] // (BUFFERS * STEP)
+    BOXES: gl.constexpr = 4 * STEP // ring.words_desc.block_type.shape[1]
+    PARTS: gl.constexpr = ring.words.type.shape[0] // (BUFFERS * BOXES)
     SCALES: gl.constexpr = ring.scales.type.shape[0] // BUFFERS
     barrier = ring.ready.index(slot)
     for part in gl.static_range(PARTS):
-        for i in gl.static_range(STEP):
-            box = [(row_tile * PARTS + part) * BLOCKS, (k + i) * 4, 0]
-            box_to_shared(ring.words_desc, box, barrier, ring.words.index((slot * PARTS + part) * STEP + i))
+        for i in gl.static_range(BOXES):
+            box = [(row_tile * PARTS + part) * BLOCKS, k * 4 + i * (4 * STEP // BOXES), 0]
+            box_to_shared(ring.words_desc, box, barrier, ring.words.index((slot * PARTS + part) * BOXES + i))
     for i in gl.static_range(SCALES):
-        first = (k * 64 + i * (64 * STEP // SCALES)) // GROUP * N + row_tile * (16 * BLOCKS * PARTS)
+        first = (k * 64 + i * (64 * STEP // SCALES)) // GROUP * stride + row_tile * (16 * BLOCKS * PARTS)
         box_to_shared(ring.scale_desc, [first], barrier, ring.scales.index(slot * SCALES + i))
         if HAS_ZERO:
             box_to_shared(ring.zero_desc, [first], barrier, ring.zeros.index(slot * SCALES + i))
@@ -94,10 +113,11 @@ def bring_weights(
 @gluon.jit
 def bring_tokens(ring, slot, first_token, k, end, column_blocks, BUFFERS: gl.constexpr):
     """Tokens of the step from column block `k` on → `slot`; from block `end` on zeros, from beyond the matrix."""
-    STEP: gl.constexpr = ring.x.type.shape[0] // BUFFERS
-    for i in gl.static_range(STEP):
-        block = gl.where(k + i < end, k + i, column_blocks)
-        box_to_shared(ring.x_desc, [first_token, block * 64], ring.ready.index(slot), ring.x.index(slot * STEP + i))
+    BOXES: gl.constexpr = ring.x.type.shape[0] // BUFFERS
+    for i in gl.static_range(BOXES):
+        block = k + i * (ring.x_desc.block_type.shape[1] // 64)
+        block = gl.where(block < end, block, column_blocks)
+        box_to_shared(ring.x_desc, [first_token, block * 64], ring.ready.index(slot), ring.x.index(slot * BOXES + i))
 
 
 class Order(NamedTuple):
@@ -105,20 +125,29 @@ class Order(NamedTuple):
 
     M: Any
     N: Any
+    stride: Any  # between the scales of two groups
     column_blocks: Any
     whole: Any
     items: Any
 
 
 @gluon.jit
-def task_of(order, item, ROWS: gl.constexpr, TOKENS: gl.constexpr, SPLITS: gl.constexpr, RASTER: gl.constexpr):
+def task_of(
+    order,
+    item,
+    ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    SPLITS: gl.constexpr,
+    RASTER: gl.constexpr,
+    STEP: gl.constexpr,
+):
     """Number of the part (negative for a whole tile), row tile, first token, first and last column block of an item."""
     part = item - order.whole
     split = part >= 0
     tile = gl.where(split, order.whole + part // SPLITS, item)
     row_tile, token_tile = place_of(tile, order.M, gl.cdiv(order.N, ROWS), TOKENS, RASTER)
-    begin = gl.where(split, order.column_blocks * (part % SPLITS) // SPLITS, 0)
-    end = gl.where(split, order.column_blocks * (part % SPLITS + 1) // SPLITS, order.column_blocks)
+    begin, end = range_of(order.column_blocks, gl.maximum(part, 0) % SPLITS, SPLITS, STEP)
+    begin, end = gl.where(split, begin, 0), gl.where(split, end, order.column_blocks)
     return part, row_tile, token_tile * TOKENS, begin, end
 
 
@@ -129,24 +158,24 @@ def produce(
 ):  # fmt: skip
     """Bring every step of every item of this program as soon as the consumers have left its slot of the ring."""
     TOKENS: gl.constexpr = ring.x_desc.block_type.shape[0]
-    N, column_blocks = order.N, order.column_blocks
-    _, row_tile, first_token, begin, end = task_of(order, gl.program_id(0), ROWS, TOKENS, SPLITS, RASTER)
+    stride, column_blocks = order.stride, order.column_blocks
+    _, row_tile, first_token, begin, end = task_of(order, gl.program_id(0), ROWS, TOKENS, SPLITS, RASTER, STEP)
     ahead = gl.minimum(gl.cdiv(end - begin, STEP), BUFFERS)
     for step in range(ahead):  # weights do not wait for the kernel before
         expect_step(ring, step, HAS_ZERO, BUFFERS)
-        bring_weights(ring, step, row_tile, begin + step * STEP, N, GROUP, HAS_ZERO, STEP, BUFFERS)
+        bring_weights(ring, step, row_tile, begin + step * STEP, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
     wait_for_predecessor()
     for step in range(ahead):
         bring_tokens(ring, step, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
     count = ahead
     for item in range(gl.program_id(0), order.items, gl.num_programs(0)):
-        _, row_tile, first_token, begin, end = task_of(order, item, ROWS, TOKENS, SPLITS, RASTER)
+        _, row_tile, first_token, begin, end = task_of(order, item, ROWS, TOKENS, SPLITS, RASTER, STEP)
         done = gl.where(item == gl.program_id(0), ahead, 0)
         for step in range(done, gl.cdiv(end - begin, STEP)):
             slot = count % BUFFERS
             mbarrier.wait(free.index(slot), (count // BUFFERS & 1) ^ 1)
             expect_step(ring, slot, HAS_ZERO, BUFFERS)
-            bring_weights(ring, slot, row_tile, begin + step * STEP, N, GROUP, HAS_ZERO, STEP, BUFFERS)
+            bring_weights(ring, slot, row_tile, begin + step * STEP, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
             bring_tokens(ring, slot, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
             count += 1
 
@@ -315,12 +344,13 @@ def box(matrix: Tensor, rows: int, columns: int) -> Box:
     return Box(matrix, (height, width), (width, 1), (rows, columns), swizzled(rows, columns, matrix.dtype))
 
 
-def words_box(words: Tensor, rows: int) -> Box:
-    """For the copy engine: `rows` rows of a block of columns."""
+def words_box(words: Tensor, rows: int, blocks: int = 1) -> Box:
+    """For the copy engine: `rows` rows of `blocks` blocks of columns."""
     height, width = words.shape[0], words.shape[1] * 4
-    return Box(words, (height, width, 32), (width * 32, 32, 1), (rows // 16, 4, 32), WORDS_LAYOUT)
+    return Box(words, (height, width, 32), (width * 32, 32, 1), (rows // 16, 4 * blocks, 32), WORDS_LAYOUT)
 
 
 def rows_box(values: Tensor, rows: int) -> Box:
     """For the copy engine: the scales or zero points of `rows` rows of a group."""
-    return Box(values.view(torch.uint16), (values.numel(),), (1,), (rows,), ROWS_LAYOUT)
+    extent = (values.shape[0] - 1) * values.stride(0) + values.shape[1]  # a sibling's are a slice of rows
+    return Box(values.view(torch.uint16), (extent,), (1,), (rows,), ROWS_LAYOUT)

@@ -24,8 +24,8 @@ from runtime.ops import FP8_TOKENS, int4_linear
 
 SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
 MAX_ERROR = 3e-3
-COLUMNS = {"N x K": 13, "G": 4, "M": 5, "x": 4, "bf16 us": 9, "int4 us": 9, "speedup": 8, "TFLOP/s": 8, "GB/s": 7, "error": 9,
-           **{f"{name} us": 11 for name in peers.PEERS}}  # fmt: skip
+COLUMNS = {"N x K": 13, "G": 4, "M": 5, "x": 4, "bf16 us": 9, "int4 us": 9, "speedup": 8, "TFLOP/s": 8, "GB/s": 7,
+           "error": 9, **{f"{name} us": 11 for name in peers.PEERS}}  # fmt: skip
 
 
 @click.command(help=__doc__)

@@ -24,7 +24,7 @@ from runtime.kernels.hopper import KERNELS
 from runtime.repack import arrange
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-FP8_TOKENS = (256, 512, 1024, 2048, 4096)
+FP8_TOKENS = (1024, 2048, 4096)
 GROUP = 128
 PROCESSORS = 132
 COMPILERS = 16
@@ -96,8 +96,8 @@ def _prefill(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
                     )):  # fmt: skip
                         continue
                     for raster in (4, 16) if tokens >= 1024 else (8,):
-                        yield "prefill", {"rows": height, "tokens": width, "programs": programs, "splits": splits, "raster": raster, "step": step,
-                                          "buffers": buffers}  # fmt: skip
+                        yield "prefill", {"rows": height, "tokens": width, "programs": programs, "splits": splits,
+                                          "raster": raster, "step": step, "buffers": buffers}  # fmt: skip
 
 
 def _fp8(tokens: int) -> Iterator[Candidate]:
