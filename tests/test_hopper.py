@@ -4,6 +4,7 @@ import pytest
 import torch
 from products import TOLERANCE, operands, relative_error
 
+from formats import codec
 from formats.layout import Scheme
 
 pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
@@ -146,6 +147,34 @@ def test_prefill_splits_only_what_follows_whole_waves() -> None:
         "rows": 128, "tokens": 256, "programs": 1, "splits": 3, "raster": 4, "step": 1, "buffers": 4,
     }  # fmt: skip
     check(512, 128 * 100, 1024, Scheme(128), torch.bfloat16, "prefill", options)
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("tokens", [1, 16, 100, 700])
+def test_a_matrix_may_have_more_elements_than_32_bits_count(tokens: int) -> None:
+    rows, columns, tail = (1 << 17) + 128, 1 << 14, 256
+    generator = torch.Generator("cuda").manual_seed(0)
+    packed = torch.randint(-(1 << 31), 1 << 31, (rows, columns // 8), generator=generator, device="cuda").int()
+    scale = torch.rand(rows, columns // 128, generator=generator, device="cuda").bfloat16() / 100 + 0.01
+    matrix = arrange(codec.Quantized(packed, scale, None))
+    x = torch.randn(tokens, columns, generator=generator, device="cuda").bfloat16()
+    y = hopper.hopper_product(x, matrix, None, 128)
+    last = codec.Quantized(packed[-tail:], scale[-tail:], None)
+    assert relative_error(y[:, -tail:], x, last, None, Scheme(128)) <= TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("tokens", [1, 16, 100, 700])
+def test_a_matrix_runs_on_the_gpu_where_it_is(tokens: int) -> None:
+    x, quantized, _ = operands(tokens, 2048, 2048, Scheme(128), torch.bfloat16, "cuda:0")
+    here = hopper.hopper_product(x, arrange(quantized), None, 128)
+    moved = codec.Quantized(quantized.packed.to("cuda:1"), quantized.scale.to("cuda:1"), None)
+    there = hopper.hopper_product(x.to("cuda:1"), arrange(moved), None, 128)
+    assert there.device == torch.device("cuda:1")
+    assert torch.equal(there.to("cuda:0"), here)
 
 
 @pytest.mark.gpu

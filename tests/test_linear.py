@@ -172,7 +172,7 @@ def test_a_copy_is_in_the_order_of_the_format() -> None:
         pytest.skip("the interpreter stands in for a GPU")
     int4 = Int4Linear.from_linear(linear(64, 128, dtype=torch.bfloat16), Scheme(64))
     packed = int4.weight_packed.clone()
-    int4._hold(repack.arrange(int4.quantized))  # as on Hopper
+    int4.hold(repack.arrange(int4.quantized))  # as on Hopper
     copied = copy.deepcopy(int4)
     assert not copied.arranged
     assert torch.equal(copied.weight_packed, packed)

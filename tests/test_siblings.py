@@ -79,7 +79,7 @@ def arrange(block: nn.Module, names: tuple[str, ...] = NAMES) -> None:
     if torch.cuda.is_available():
         pytest.skip("the interpreter stands in for a GPU")
     for layer in layers_of(block, names):
-        layer._hold(repack.arrange(layer.quantized))
+        layer.hold(repack.arrange(layer.quantized))
 
 
 class Calls(TorchDispatchMode):

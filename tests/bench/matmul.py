@@ -71,7 +71,7 @@ def measure(m: int, n: int, k: int, scheme: Scheme, activations: str = "bf16") -
     """Microseconds of the int4 linear and of torch's product in bf16, and the relative error, of one size."""
     x, quantized, _ = operands(m, n, k, scheme, torch.bfloat16, "cuda")
     layer = Int4Linear(k, n, scheme, bias=False, device="meta")
-    layer._hold(quantized)
+    layer.hold(quantized)
     layer.arrange()
     fp8 = activations == "fp8"
     int4 = partial(
