@@ -125,6 +125,7 @@ class Int4Linear(nn.Module):
 
             if takes(self.out_features, self.in_features, self.scheme, scale.dtype):
                 self.hold(arrange(self.quantized))
+                torch.cuda.synchronize(scale.device)  # kernels fetch weights before they wait for other kernels
 
     def restore(self) -> None:
         """Put the weight back into the order of the format, and leave the siblings."""

@@ -71,11 +71,11 @@ class Siblings:
         return y.narrow(-1, self.starts[index], self.rows[index])
 
     def _stamp(self, x: Tensor) -> tuple[int, ...]:
-        """Differs when the thread does, or x, a weight or a bias has changed in place, where torch counts that."""
+        """Differs with the thread, from inside to outside of a CUDA graph, and where torch counts a change in place."""
         if torch.compiler.is_compiling():
             return (~torch.ops.int4.changes(x).shape[0],)  # negative: never that of a product made elsewhere
         versions = (0 if tensor.is_inference() else tensor._version for tensor in (x, *self.made_of))
-        return threading.get_ident(), *versions
+        return threading.get_ident(), x.is_cuda and torch.cuda.is_current_stream_capturing(), *versions
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ class Sibling:
             return None
         y = self.group.columns(self.index, x)
         if y is None:
-            _leave(layer)
+            layer.sibling = None
         return y
 
     def holds(self, layer: Int4Linear) -> bool:
@@ -170,14 +170,6 @@ def _join(layers: Sequence[Int4Linear]) -> None:
     group = Siblings(joint, rows, [layer.bias for layer in layers if layer.bias is not None])
     for index, layer in enumerate(layers):
         layer.sibling = Sibling(group, index, _tensors(layer))
-
-
-def _leave(layer: Int4Linear) -> None:
-    """Make `layer` a single one again; kernels want what was a slice of columns as a tensor of its own."""
-    layer.sibling = None
-    for name, tensor in layer._buffers.items():
-        if tensor is not None and not tensor.is_contiguous():
-            setattr(layer, name, tensor.contiguous())
 
 
 def _tensors(layer: Int4Linear) -> tuple[Tensor | None, ...]:

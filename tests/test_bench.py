@@ -1,7 +1,9 @@
 """What the benchmarks count, check and write; their clocks stand still here."""
 
 import json
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +238,16 @@ def test_a_graph_gives_its_result_anew() -> None:
     assert torch.equal(captured(), x * 2)
     x.fill_(3)
     assert torch.equal(captured(), x * 2)
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_the_tensors_of_its_call() -> None:
+    x = torch.ones(8, device="cuda")
+    alive = weakref.ref(x)
+    captured = timing.Captured(partial(torch.mul, x, 2))
+    del x
+    assert alive() is not None
+    assert captured().sum() == 16
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from formats.layout import Scheme
 pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
 
 from runtime.activations import to_fp8
-from runtime.kernels import hopper, hopper_fp8
+from runtime.kernels import hopper, hopper_fp8, hopper_tiles
 from runtime.repack import arrange
 
 hopper_only = pytest.mark.skipif(
@@ -89,7 +89,7 @@ def test_decode_agrees_with_the_codec(options: dict[str, Any], scheme: Scheme) -
 @pytest.mark.parametrize(("options", "scheme"), combinations(BATCH), ids=str)
 def test_batch_agrees_with_the_codec(options: dict[str, Any], scheme: Scheme) -> None:
     for (rows, columns), several in zip(SHAPES, ((1, 64), (16, 100), (17, 250), (65, 128), (129, 300)), strict=True):
-        fitting = {**options, "splits": min(options["splits"], max(1, columns // 64))}
+        fitting = {**options, "splits": min(options["splits"], max(1, columns // (64 * options["step"])))}
         for tokens in several:
             check(tokens, rows, columns, scheme, dtype_of(options, scheme), "batch", fitting)
 
@@ -100,7 +100,7 @@ def test_batch_agrees_with_the_codec(options: dict[str, Any], scheme: Scheme) ->
 @pytest.mark.parametrize(("options", "scheme"), combinations(PREFILL), ids=str)
 def test_prefill_agrees_with_the_codec(options: dict[str, Any], scheme: Scheme) -> None:
     for (rows, columns), several in zip(SHAPES, ((1, 700), (16, 300), (63, 511), (128, 1025), (129, 256)), strict=True):
-        fitting = {**options, "splits": min(options["splits"], max(1, columns // 64))}
+        fitting = {**options, "splits": min(options["splits"], max(1, columns // (64 * options["step"])))}
         for tokens in several:
             check(tokens, rows, columns, scheme, dtype_of(options, scheme), "prefill", fitting)
 
@@ -221,6 +221,15 @@ def test_the_hopper_kernels_take_only_what_they_can(
     assert hopper.takes(64, 256, Scheme(64), torch.bfloat16)
 
 
+def test_the_copy_engine_reads_a_siblings_scales_in_place() -> None:
+    whole = torch.arange(4 * 48, dtype=torch.int16).view(4, 48).view(torch.bfloat16)
+    part = whole[:, 16:32]
+    box = hopper_tiles.rows_box(part, 16)
+    flat = torch.as_strided(box.base, box.shape, box.strides)
+    assert torch.equal(flat[:16].view(torch.int16), whole[0, 16:32].view(torch.int16))
+    assert torch.equal(flat[3 * part.stride(0) :].view(torch.int16), whole[3, 16:32].view(torch.int16))
+
+
 def test_the_choice_is_the_entry_of_the_nearest_shape() -> None:
     entry = next(entry for entry in hopper.table() if (entry.tokens, entry.rows, entry.columns) == (16, 4096, 14336))
     assert hopper.choose(9, 4096, 14336) == (entry.kernel, entry.options)
@@ -232,5 +241,5 @@ def test_every_size_has_a_choice_that_the_kernels_take() -> None:
         for rows, columns in [(8, 8), (64, 64), (2048, 2048), (128256, 4096)]:
             kernel, options = hopper.choose(tokens, rows, columns)
             assert kernel in hopper.KERNELS
-            assert options.get("splits", 1) <= max(1, columns // 64)
+            assert options.get("splits", 1) <= max(1, columns // (64 * options.get("step", 1)))
             assert (kernel == "decode") <= (tokens <= 16)

@@ -434,18 +434,6 @@ def test_siblings_that_share_no_input_part() -> None:
     assert calls_of(lambda: [layer(X) for layer in joined]) == 3
 
 
-def test_siblings_that_part_have_scales_for_the_kernels() -> None:
-    block = Block()
-    arrange(block)
-    join(block)
-    layers = layers_of(block, NAMES[:3])
-    assert not any(layer.weight_scale.is_contiguous() for layer in layers)
-    for i in range(PATIENCE + 2):
-        for j, layer in enumerate(layers):
-            layer(X + i + j)
-    assert all(layer.weight_scale.is_contiguous() for layer in layers)
-
-
 def test_siblings_that_share_their_input_forgive_a_lone_call() -> None:
     joined, _ = attention()
     for _ in range(PATIENCE + 2):

@@ -58,6 +58,8 @@ def hopper_product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size
     group = ONE_GROUP if matrix.scale.shape[0] == 1 else group_size
     if x.data_ptr() % 16:
         x = x.clone()
+    if bias is not None:
+        bias = bias.to(x.dtype)
     return KERNELS[kernel](x, matrix.packed, matrix.scale, matrix.zero_point, bias, group, **options)
 
 
@@ -75,8 +77,8 @@ def choose(tokens: int, rows: int, columns: int, activations: str = "bf16") -> t
         key=lambda entry: abs(log(entry.rows / rows)) + abs(log(entry.columns / columns)),
     )
     options = dict(near.options)
-    if "splits" in options:  # every part of K needs a block of columns
-        options["splits"] = max(1, min(options["splits"], columns // BLOCK_COLUMNS))
+    if "splits" in options:  # every part of K needs a step
+        options["splits"] = max(1, min(options["splits"], columns // (BLOCK_COLUMNS * options["step"])))
     return near.kernel, options
 
 

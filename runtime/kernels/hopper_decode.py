@@ -97,7 +97,7 @@ def fetch(
 @gluon.jit
 def tokens_of(x_at, inside, column, step, steps, K, STRIDE: gl.constexpr, TAIL: gl.constexpr):
     """The tokens of `step`, or from the last one on those of the last, which meet codes 0."""
-    ahead = gl.minimum(step, steps - 1) * (STRIDE * 64)
+    ahead = gl.minimum(step, gl.maximum(steps - 1, 0)) * (STRIDE * 64)
     if TAIL:
         inside = inside & (column + ahead < K)
     return gl.load(x_at + ahead, mask=inside, other=0.0)

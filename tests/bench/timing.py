@@ -21,6 +21,7 @@ class Captured:
     """A call as a CUDA graph: each call of it replays the graph and gives the result that the replay wrote anew."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call  # the graph uses the tensors of its call, and keeps none that was made before it
         synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             call()  # what compiles or loads cannot be captured
