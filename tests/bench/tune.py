@@ -55,7 +55,8 @@ def _decode(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
     for height, warps, step, depth in shapes:
         for ring in (0, 4) if tokens <= 2 else (3, 4):
             for splits in (1, 2, 4) if tokens > 2 else (1,):
-                for registers in (128, 255) if ring and height == 16 else (255,):
+                # with 128 two programs more fit on a processor; eight blocks ahead would spill
+                for registers in (128, 255) if ring and height == 16 and step * depth < 8 else (255,):
                     programs, steps = -(-rows // height) * splits, columns / 64 / step / warps / splits
                     if 100 <= programs <= (2000 if splits == 1 else 600) and steps > depth / 2:
                         yield "decode", {"rows": height, "warps": warps, "step": step, "depth": depth, "ring": ring,
