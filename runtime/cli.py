@@ -19,6 +19,7 @@ from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
 from runtime.evaluate import Evaluation, Measurement, evaluate, windows_of
 from runtime.load import first_line, load, resolve, with_plain_attention
+from runtime.ops import FP8_TOKENS
 from runtime.texts import DATASETS, read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,6 +62,11 @@ def command(
         raise UsageError("give a text: either --text FILE or --dataset NAME")
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: its folder does not exist; make it first")
+    if activations == "fp8" and batch_size * seq_len < FP8_TOKENS:
+        raise UsageError(
+            f"--activations fp8 rounds in calls of {FP8_TOKENS} tokens and more, these have {batch_size * seq_len}; "
+            f"give --batch-size {-(-FP8_TOKENS // seq_len)} or more"
+        )
     place = parse_device(device)
     kind = None if dtype is None else DTYPES[dtype]
     folder = resolve(checkpoint)

@@ -265,6 +265,17 @@ def test_eval_joins_layers_unless_told_otherwise(
     assert f"join is {join}" in result.err
 
 
+@pytest.mark.parametrize(("batch", "code"), [(1, 2), (4, 0)])
+def test_eval_rounds_to_fp8_only_where_it_makes_a_difference(
+    call: Call, converted: Path, batch: int, code: int
+) -> None:
+    pytest.importorskip("transformers")
+    text = EXAMPLE.parent / "tiny-llama.heldout.txt"
+    options = ["--seq-len", 256, "--max-windows", 4, "--batch-size", batch]
+    result = call("int4-eval", converted, "--text", text, *options, "--activations", "fp8")
+    assert (result.code, "give --batch-size 4" in result.err) == (code, batch == 1)
+
+
 def evaluate_untrained(call: Call, folder: Path, architecture: str, **fields: int) -> Result:
     """int4-eval of a tiny random model with the tokenizer of the example."""
     transformers = pytest.importorskip("transformers")
