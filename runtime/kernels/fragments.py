@@ -14,8 +14,6 @@ or 1024 (fp16) they are exact numbers, and one subtraction gives the codes. No s
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-ROWS, COLUMNS, WORDS = 16, 64, 128  # of a block
-
 
 def _unpacking(magic: int, offset: int | None, kind: str, *, scaled: bool) -> str:
     """PTX from a word to eight weights; $9 and $10 are the scales of its two rows, $11 and $12 their offsets."""

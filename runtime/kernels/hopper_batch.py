@@ -9,21 +9,16 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from formats.layout import ceil_div
 from runtime.kernels.copies import box_to_global
-from runtime.kernels.fragments import release_successor, wait_for_predecessor
+from runtime.kernels.fragments import release_successor
 from runtime.kernels.hopper_tiles import (
     Ring,
     box,
-    bring_tokens,
-    bring_weights,
-    expect_step,
+    bring_first_steps,
+    bring_step,
     multiply_step,
     place_of,
     range_of,
@@ -63,13 +58,7 @@ def batch_kernel(
     first_token = token_tile * TOKENS
     begin, end = range_of(column_blocks, gl.program_id(1), SPLITS, STEP)
     steps = gl.cdiv(end - begin, STEP)
-    ahead = gl.minimum(steps, BUFFERS)
-    for step in range(ahead):  # weights do not wait for the kernel before
-        expect_step(ring, step, HAS_ZERO, BUFFERS)
-        bring_weights(ring, step, row_tile, begin + step * STEP, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
-    wait_for_predecessor()
-    for step in range(ahead):
-        bring_tokens(ring, step, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
+    bring_first_steps(ring, row_tile, first_token, begin, end, stride, column_blocks, GROUP, HAS_ZERO, STEP, BUFFERS)
     total = gl.zeros([ROWS, TOKENS], gl.float32, layout=mma)
     for step in range(steps):
         slot = step % BUFFERS
@@ -78,9 +67,7 @@ def batch_kernel(
         late = step + BUFFERS
         if late < steps:
             k = begin + late * STEP
-            expect_step(ring, slot, HAS_ZERO, BUFFERS)
-            bring_weights(ring, slot, row_tile, k, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
-            bring_tokens(ring, slot, first_token, k, end, column_blocks, BUFFERS)
+            bring_step(ring, slot, row_tile, first_token, k, end, stride, column_blocks, GROUP, HAS_ZERO, STEP, BUFFERS)
     for i in gl.static_range(BUFFERS):
         mbarrier.invalidate(ready.index(i))
 

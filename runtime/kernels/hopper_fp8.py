@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from formats.layout import ceil_div
+from runtime import activations
 from runtime.kernels.copies import box_to_global
 from runtime.kernels.fragments import codes_in_fp8, release_successor
 from runtime.kernels.hopper_tiles import (
@@ -26,6 +27,7 @@ from runtime.kernels.hopper_tiles import (
     fragment_layout,
     processors,
     produce,
+    ready_and_free,
     rows_box,
     task_of,
     words_box,
@@ -34,8 +36,7 @@ from runtime.kernels.hopper_tiles import (
 from runtime.kernels.launch import Launcher
 
 TILE = 256  # tokens, at most
-LARGEST = tl.constexpr(448.0)  # in e4m3
-SMALLEST = tl.constexpr(2.0**-126)
+LARGEST, SMALLEST = tl.constexpr(activations.LARGEST), tl.constexpr(activations.SMALLEST)
 
 
 @triton.jit(do_not_specialize=["eighths", "stride"])
@@ -123,11 +124,7 @@ def fp8_kernel(
     words = gl.allocate_shared_memory(gl.int32, [BUFFERS * 2, 4, 4 * STEP, 32], words_desc.layout)
     scales = gl.allocate_shared_memory(gl.uint16, [BUFFERS, 128], scale_desc.layout)
     staging = gl.allocate_shared_memory(y_desc.dtype, [2, TOKENS, 64], y_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+    ready, free = ready_and_free(BUFFERS)
     release_successor()
     ring = Ring(x_desc, words_desc, scale_desc, scale_desc, x, words, scales, scales, ready)
     order = Order(M, N, stride, column_blocks, items, items)

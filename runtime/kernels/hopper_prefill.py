@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from formats.layout import ceil_div
 from runtime.kernels.copies import box_to_global
@@ -34,6 +30,7 @@ from runtime.kernels.hopper_tiles import (
     multiply_step,
     processors,
     produce,
+    ready_and_free,
     reduce_tiles,
     rows_box,
     scales_in,
@@ -102,11 +99,7 @@ def prefill_kernel(
     if HAS_ZERO:
         zeros = gl.allocate_shared_memory(gl.uint16, [BUFFERS * SCALES, ROWS], zero_desc.layout)
     staging = gl.allocate_shared_memory(x_desc.dtype, [2, TOKENS, 16 * BLOCKS], y_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+    ready, free = ready_and_free(BUFFERS)
     release_successor()
     ring = Ring(x_desc, words_desc, scale_desc, zero_desc, x, words, scales, zeros, ready)
     order = Order(M, N, stride, column_blocks, whole, items)

@@ -71,6 +71,17 @@ def scales_in(step, group):
 
 
 @gluon.jit
+def ready_and_free(BUFFERS: gl.constexpr):
+    """The barriers of a ring with two consumers: a slot is ready by the bytes that came, free when both have left."""
+    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    return ready, free
+
+
+@gluon.jit
 def expect_step(ring, slot, HAS_ZERO: gl.constexpr, BUFFERS: gl.constexpr):
     """Tell the barrier of `slot` how many bytes a step has."""
     BYTES: gl.constexpr = (
@@ -120,6 +131,33 @@ def bring_tokens(ring, slot, first_token, k, end, column_blocks, BUFFERS: gl.con
         box_to_shared(ring.x_desc, [first_token, block * 64], ring.ready.index(slot), ring.x.index(slot * BOXES + i))
 
 
+@gluon.jit
+def bring_step(
+    ring, slot, row_tile, first_token, k, end, stride, column_blocks,
+    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """All of the step from column block `k` on → `slot`."""
+    expect_step(ring, slot, HAS_ZERO, BUFFERS)
+    bring_weights(ring, slot, row_tile, k, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
+    bring_tokens(ring, slot, first_token, k, end, column_blocks, BUFFERS)
+
+
+@gluon.jit
+def bring_first_steps(
+    ring, row_tile, first_token, begin, end, stride, column_blocks,
+    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring, with tokens once the kernel before has ended: weights do not wait for it; how many steps."""
+    ahead = gl.minimum(gl.cdiv(end - begin, STEP), BUFFERS)
+    for step in range(ahead):
+        expect_step(ring, step, HAS_ZERO, BUFFERS)
+        bring_weights(ring, step, row_tile, begin + step * STEP, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
+    wait_for_predecessor()
+    for step in range(ahead):
+        bring_tokens(ring, step, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
+    return ahead
+
+
 class Order(NamedTuple):
     """What there is to do: `whole` tiles and then, to `items`, the parts of split ones."""
 
@@ -160,13 +198,9 @@ def produce(
     TOKENS: gl.constexpr = ring.x_desc.block_type.shape[0]
     stride, column_blocks = order.stride, order.column_blocks
     _, row_tile, first_token, begin, end = task_of(order, gl.program_id(0), ROWS, TOKENS, SPLITS, RASTER, STEP)
-    ahead = gl.minimum(gl.cdiv(end - begin, STEP), BUFFERS)
-    for step in range(ahead):  # weights do not wait for the kernel before
-        expect_step(ring, step, HAS_ZERO, BUFFERS)
-        bring_weights(ring, step, row_tile, begin + step * STEP, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
-    wait_for_predecessor()
-    for step in range(ahead):
-        bring_tokens(ring, step, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
+    ahead = bring_first_steps(
+        ring, row_tile, first_token, begin, end, stride, column_blocks, GROUP, HAS_ZERO, STEP, BUFFERS
+    )
     count = ahead
     for item in range(gl.program_id(0), order.items, gl.num_programs(0)):
         _, row_tile, first_token, begin, end = task_of(order, item, ROWS, TOKENS, SPLITS, RASTER, STEP)
@@ -174,9 +208,8 @@ def produce(
         for step in range(done, gl.cdiv(end - begin, STEP)):
             slot = count % BUFFERS
             mbarrier.wait(free.index(slot), (count // BUFFERS & 1) ^ 1)
-            expect_step(ring, slot, HAS_ZERO, BUFFERS)
-            bring_weights(ring, slot, row_tile, begin + step * STEP, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
-            bring_tokens(ring, slot, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
+            k = begin + step * STEP
+            bring_step(ring, slot, row_tile, first_token, k, end, stride, column_blocks, GROUP, HAS_ZERO, STEP, BUFFERS)
             count += 1
 
 
