@@ -17,6 +17,7 @@ from formats.command import echo, run
 from formats.devices import parse_device
 from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
+from formats.layout import ceil_div
 from runtime.evaluate import Evaluation, Measurement, evaluate, windows_of
 from runtime.load import first_line, load, resolve, with_plain_attention
 from runtime.ops import FP8_TOKENS
@@ -65,7 +66,7 @@ def command(
     if activations == "fp8" and batch_size * seq_len < FP8_TOKENS:
         raise UsageError(
             f"--activations fp8 rounds in calls of {FP8_TOKENS} tokens and more, these have {batch_size * seq_len}; "
-            f"give --batch-size {-(-FP8_TOKENS // seq_len)} or more"
+            f"give --batch-size {ceil_div(FP8_TOKENS, seq_len)} or more"
         )
     place = parse_device(device)
     kind = None if dtype is None else DTYPES[dtype]

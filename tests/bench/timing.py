@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from formats.layout import ceil_div
+
 COLD_BYTES = 256 << 20
 REPLAYS = 12
 ROUNDS = 7
@@ -14,7 +16,7 @@ ROUNDS = 7
 
 def copies_for(nbytes: int) -> int:
     """Copies of an operand of `nbytes` that together overflow the cache many times."""
-    return max(2, -(-COLD_BYTES // nbytes))
+    return max(2, ceil_div(COLD_BYTES, nbytes))
 
 
 class Captured:

@@ -18,13 +18,13 @@ from matmul import MAX_ERROR, SHAPES
 from products import distance, exact_product, operands
 from timing import copies_for, graph_time
 
-from formats.layout import Scheme
+from formats.layout import Scheme, ceil_div
 from runtime.activations import rounded_to_fp8
 from runtime.kernels.hopper import KERNELS
+from runtime.ops import FP8_TOKENS
 from runtime.repack import arrange
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-FP8_TOKENS = (1024, 2048, 4096)
 GROUP = 128
 PROCESSORS = 132
 COMPILERS = 16
@@ -38,7 +38,7 @@ Size = tuple[int, int, int, str]  # tokens, rows, columns, activations
 def candidates(tokens: int, rows: int, columns: int, activations: str = "bf16") -> Iterator[Candidate]:
     """Kernels with options that are worth a try."""
     if activations == "fp8":
-        yield from _fp8(tokens)
+        yield from _fp8()
         return
     if tokens <= 16:
         yield from _decode(tokens, rows, columns)
@@ -57,7 +57,7 @@ def _decode(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
             for splits in (1, 2, 4) if tokens > 2 else (1,):
                 # with 128 two programs more fit on a processor; eight blocks ahead would spill
                 for registers in (128, 255) if ring and height == 16 and step * depth < 8 else (255,):
-                    programs, steps = -(-rows // height) * splits, columns / 64 / step / warps / splits
+                    programs, steps = ceil_div(rows, height) * splits, columns / 64 / step / warps / splits
                     if 100 <= programs <= (2000 if splits == 1 else 600) and steps > depth / 2:
                         yield "decode", {"rows": height, "warps": warps, "step": step, "depth": depth, "ring": ring,
                                          "splits": splits, "registers": registers}  # fmt: skip
@@ -70,7 +70,7 @@ def _width(tokens: int, most: int) -> int:
 def _batch(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
     for width in {_width(tokens, 64), _width(tokens, 128)}:
         for warps in (4, 8):
-            programs = -(-rows // (16 * warps)) * -(-tokens // width)
+            programs = ceil_div(rows, 16 * warps) * ceil_div(tokens, width)
             for step, buffers in {16: ((2, 4), (4, 3), (4, 6)), 32: ((2, 4), (4, 3)), 64: ((2, 3), (4, 2))}.get(
                 width, ((2, 3),)
             ):
@@ -86,7 +86,7 @@ def _prefill(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
         for height, programs in ((128, 1), (256, 1), (128, 2)):
             if height * width > 128 * 256 or (width > 64 and programs == 2):
                 continue
-            tiles = -(-rows // height) * -(-tokens // width)
+            tiles = ceil_div(rows, height) * ceil_div(tokens, width)
             for step in {256: (1,), 128: (1, 2)}.get(width, (2, 4)):
                 slot = step * (128 * width + 32 * height + 2 * height)
                 buffers = min(16 // step // programs, (SHARED_BYTES // programs - 2048 - 2 * width * height) // slot)
@@ -101,9 +101,9 @@ def _prefill(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
                                           "raster": raster, "step": step, "buffers": buffers}  # fmt: skip
 
 
-def _fp8(tokens: int) -> Iterator[Candidate]:
+def _fp8() -> Iterator[Candidate]:
     for width, buffers in ((128, 6), (256, 4)):
-        for raster in (4, 8, 16) if tokens >= 1024 else (8,):
+        for raster in (4, 8, 16):
             yield "fp8", {"tokens": width, "raster": raster, "buffers": buffers}
 
 
@@ -166,7 +166,7 @@ def run_once(job: tuple[Size, str, tuple[tuple[str, int], ...]]) -> None:
 def main(table: Path) -> None:
     """Write the table."""
     sizes = [(tokens, *shape, "bf16") for shape in SHAPES for tokens in TOKENS]
-    sizes += [(tokens, *shape, "fp8") for shape in SHAPES for tokens in FP8_TOKENS]
+    sizes += [(tokens, *shape, "fp8") for shape in SHAPES for tokens in TOKENS if tokens >= FP8_TOKENS]
     compile_all(sizes)
     entries = [best(*size) for size in sizes]
     lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
