@@ -83,23 +83,21 @@ def shifted_weights_of(words, scale, scale_8, zero, zero_8, dtype: gl.constexpr)
     return _joined(gl.inline_asm_elementwise(asm, EIGHT_OF_FIVE, operands, dtype=types, is_pure=True, pack=1))
 
 
+# The byte n is n · 2⁻⁹ in e4m3 for n up to 15 (subnormals, then the first exponent): |nibble − 8| as it is, and a sign.
+CODE_UNIT = gl.constexpr(2.0**-9)
 FP8 = gl.constexpr("""{
-.reg .b32 index, sign, p, n, low, high;
-and.b32 index, $2, 0x77777777;
-not.b32 sign, $2;
-shr.u32 sign, sign, 1;
-lop3.b32 sign, sign, 0x44444444, 0x32103210, 0xea;
-prmt.b32 p, 0x44403800, 0x4E4C4A48, index;
-prmt.b32 n, 0xCACCCED0, 0xB8C0C4C8, index;
-prmt.b32 low, p, n, sign;
-shr.u32 index, index, 16;
-shr.u32 sign, sign, 16;
-prmt.b32 p, 0x44403800, 0x4E4C4A48, index;
-prmt.b32 n, 0xCACCCED0, 0xB8C0C4C8, index;
-prmt.b32 high, p, n, sign;
-prmt.b32 $0, low, high, 0x6240;
-prmt.b32 $1, low, high, 0x7351;
-}""")  # p: codes 0 … 7 by the low three bits of four nibbles, n: codes −8 … −1; bit 3 chooses
+.reg .b32 eights, none, a, b;
+mov.b32 eights, 0x08080808;
+mov.b32 none, 0;
+and.b32 a, $2, 0x0f0f0f0f;
+vabsdiff4.u32.u32.u32 a, a, eights, none;
+shl.b32 b, $2, 4;
+lop3.b32 $0, a, b, 0x80808080, 0xf2;
+shr.u32 b, $2, 4;
+and.b32 b, b, 0x0f0f0f0f;
+vabsdiff4.u32.u32.u32 b, b, eights, none;
+lop3.b32 $1, b, $2, 0x80808080, 0xf2;
+}""")
 
 
 @gluon.constexpr_function
@@ -115,7 +113,7 @@ def with_eight(layout):
 
 @gluon.jit
 def codes_in_fp8(words):
-    """Words → their codes [..., 2, 4] in e4m3: row + 8; columns 2c, 2c + 1, 2c + 8, 2c + 9."""
+    """Words → their codes · CODE_UNIT [..., 2, 4] in e4m3: row + 8; columns 2c, 2c + 8, 2c + 1, 2c + 9."""
     layout: gl.constexpr = with_eight(words.type.layout)
     RANK: gl.constexpr = len(words.shape)
     words = gl.convert_layout(words, gl.SliceLayout(RANK, gl.SliceLayout(RANK + 1, layout)), assert_trivial=True)

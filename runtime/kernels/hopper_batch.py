@@ -1,7 +1,7 @@
 """A batch of tokens on Hopper: small tiles, K split among programs, several programs on a processor.
 
-The programs on a processor hide each other's latencies. The copy engine brings words, scales and tokens through a ring
-in shared memory; while the tensor cores work on one block of columns, the next one's weights are unpacked into
+The programs on a processor hide each other's latencies. Words, scales and tokens pass through a ring in shared memory
+(see `hopper_ring`); while the tensor cores work on one block of columns, the next one's weights are unpacked into
 registers (see `hopper_tiles`). Sums of a split tile are added in a second launch.
 """
 
@@ -9,67 +9,53 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from formats.layout import ceil_div
 from runtime.kernels.copies import box_to_global
 from runtime.kernels.fragments import release_successor
+from runtime.kernels.hopper_ring import Source, fill, refill, ring_of, wait_for_step
 from runtime.kernels.hopper_tiles import (
-    Ring,
     box,
-    bring_first_steps,
-    bring_step,
     multiply_step,
     place_of,
     range_of,
     reduce_tiles,
-    rows_box,
-    scales_in,
+    tokens_box,
     words_box,
 )
 from runtime.kernels.launch import Launcher
 
 
-@gluon.jit(do_not_specialize=["M", "N", "stride", "column_blocks"], do_not_specialize_on_alignment=["bias_ptr"])
+@gluon.jit(
+    do_not_specialize=["M", "eighths", "K", "stride", "column_blocks"], do_not_specialize_on_alignment=["bias_ptr"]
+)
 def batch_kernel(
-    x_desc, words_desc, scale_desc, zero_desc, y_desc, partial_ptr, bias_ptr, M, N, stride, column_blocks,
+    x_desc, words_desc, scale_ptr, zero_ptr, y_desc, partial_ptr, bias_ptr, M, eighths, K, stride, column_blocks,
     GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ZERO: gl.constexpr, SPLITS: gl.constexpr, RASTER: gl.constexpr,
     STEP: gl.constexpr, BUFFERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program: 16 rows a warp × a tile of tokens × one of SPLITS parts of K."""
     ROWS: gl.constexpr = 16 * num_warps
-    TOKENS: gl.constexpr = x_desc.block_type.shape[0]
-    SCALES: gl.constexpr = scales_in(STEP, GROUP)
+    X_BOX: gl.constexpr = x_desc.block_type.shape
+    TOKENS: gl.constexpr = X_BOX[len(X_BOX) - 2]
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, TOKENS, 16]
     )
-    x = gl.allocate_shared_memory(x_desc.dtype, [BUFFERS * STEP, TOKENS, 64], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [BUFFERS * STEP, num_warps, 4, 32], words_desc.layout)
-    scales = gl.allocate_shared_memory(gl.uint16, [BUFFERS * SCALES, ROWS], scale_desc.layout)
-    zeros = scales
-    if HAS_ZERO:
-        zeros = gl.allocate_shared_memory(gl.uint16, [BUFFERS * SCALES, ROWS], zero_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(ready.index(i), count=1)
-    ring = Ring(x_desc, words_desc, scale_desc, zero_desc, x, words, scales, zeros, ready)
+    ring = ring_of(x_desc, words_desc, GROUP, HAS_ZERO, STEP, BUFFERS)
     release_successor()
+    N, stride = eighths * 8, stride * 8  # so that the compiler knows that rows start at 16 bytes
     row_tile, token_tile = place_of(gl.program_id(0), M, gl.cdiv(N, ROWS), TOKENS, RASTER)
     first_token = token_tile * TOKENS
     begin, end = range_of(column_blocks, gl.program_id(1), SPLITS, STEP)
     steps = gl.cdiv(end - begin, STEP)
-    bring_first_steps(ring, row_tile, first_token, begin, end, stride, column_blocks, GROUP, HAS_ZERO, STEP, BUFFERS)
+    source = Source(x_desc, words_desc, scale_ptr, zero_ptr, N, K, stride, row_tile, first_token, begin, steps)
+    fill(ring, source, GROUP, HAS_ZERO, BUFFERS)
     total = gl.zeros([ROWS, TOKENS], gl.float32, layout=mma)
     for step in range(steps):
-        slot = step % BUFFERS
-        mbarrier.wait(ready.index(slot), step // BUFFERS & 1)
-        total = multiply_step(total, ring, slot, 0, HAS_ZERO, STEP, BUFFERS)
-        late = step + BUFFERS
-        if late < steps:
-            k = begin + late * STEP
-            bring_step(ring, slot, row_tile, first_token, k, end, stride, column_blocks, GROUP, HAS_ZERO, STEP, BUFFERS)
-    for i in gl.static_range(BUFFERS):
-        mbarrier.invalidate(ready.index(i))
+        slot = wait_for_step(ring, step, BUFFERS)
+        total = multiply_step(total, ring, slot, 0, HAS_ZERO, 1, STEP, BUFFERS)
+        refill(ring, source, step, GROUP, HAS_ZERO, BUFFERS)
 
     row = gl.arange(0, ROWS, gl.SliceLayout(1, mma))[:, None]
     if SPLITS > 1:
@@ -102,11 +88,10 @@ def batch(
     y = x.new_empty(x.shape[0], outputs)
     tiles = ceil_div(outputs, rows) * ceil_div(x.shape[0], tokens)
     partial = x.new_empty(tiles * splits * rows * tokens if splits > 1 else 1, dtype=torch.float32)
-    scales = rows_box(scale, rows)
     args = (
-        box(x, tokens, 64), words_box(words, rows), scales, scales if zero is None else rows_box(zero, rows),
-        box(y, tokens, rows), partial, x if bias is None else bias, x.shape[0], outputs, scale.stride(0),
-        words.shape[1],
+        tokens_box(x, tokens, step), words_box(words, rows, step), scale, words if zero is None else zero,
+        box(y, tokens, rows), partial, x if bias is None else bias, x.shape[0], outputs // 8, x.shape[1],
+        scale.stride(0) // 8, words.shape[1],
     )  # fmt: skip
     constants = {
         "GROUP": group, "HAS_BIAS": bias is not None, "HAS_ZERO": zero is not None, "SPLITS": splits,

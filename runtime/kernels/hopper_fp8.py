@@ -1,8 +1,8 @@
 """Many tokens in fp8 on Hopper: twice the rate of bf16, by a producer and two consumers as in `hopper_prefill`.
 
 One launch turns every token into e4m3 with a scale of its own (`runtime.activations`), the next multiplies. The codes
-are exact in e4m3; look-ups of four bytes at a time make them from the words in kernel order (see `fragments`). Of each
-16 columns lanes hold 2c, 2c + 1, 2c + 8 and 2c + 9, where the fp8 tensor cores want four neighbours: so the tokens are
+are exact in e4m3, and four instructions make four of them from the words in kernel order (see `fragments`). Of each 16
+columns lanes hold 2c, 2c + 8, 2c + 1 and 2c + 9, where the fp8 tensor cores want four neighbours: so the tokens are
 stored with their columns in that order. The tensor cores add up STEP blocks of columns; these sums, times the scales of
 the group, are added in fp32.
 """
@@ -19,20 +19,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from formats.layout import ceil_div
 from runtime import activations
 from runtime.kernels.copies import box_to_global
-from runtime.kernels.fragments import codes_in_fp8, release_successor
-from runtime.kernels.hopper_tiles import (
-    Order,
-    Ring,
-    box,
-    fragment_layout,
-    processors,
-    produce,
-    ready_and_free,
-    rows_box,
-    task_of,
-    words_box,
-    words_layout,
-)
+from runtime.kernels.fragments import CODE_UNIT, codes_in_fp8, release_successor
+from runtime.kernels.hopper_producer import Order, Ring, produce, ready_and_free, task_of
+from runtime.kernels.hopper_tiles import box, fragment_layout, processors, rows_box, words_box, words_layout
 from runtime.kernels.launch import Launcher
 
 TILE = 256  # tokens, at most
@@ -50,16 +39,16 @@ def quantize_tokens_kernel(x_ptr, y_ptr, scale_ptr, eighths, stride, BLOCK: tl.c
     x = tl.load(x_ptr + token * K + column, mask=column < K, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), 0) * (1 / LARGEST), SMALLEST)
     tl.store(scale_ptr + token, scale)
-    y = tl.clamp(tl.div_rn(x, scale), -LARGEST, LARGEST).to(tl.float8e4nv)
-    y = tl.permute(tl.reshape(y, (BLOCK // 16, 2, 4, 2)), (0, 2, 1, 3))  # of 16 columns, j c neighbour → c j neighbour
+    y = tl.clamp(x * tl.div_rn(1.0, scale), -LARGEST, LARGEST).to(tl.float8e4nv)
+    y = tl.permute(tl.reshape(y, (BLOCK // 16, 2, 4, 2)), (0, 2, 3, 1))  # of 16 columns, j c neighbour → c neighbour j
     tl.store(y_ptr + token * (stride * 64) + column, tl.reshape(y, (BLOCK,)), mask=column < stride * 64)
 
 
 @gluon.jit
-def operand(words, place, STEP: gl.constexpr, LAYOUT: gl.constexpr):
-    """The codes [64, 64 · STEP] of a step as e4m3, where wgmma reads them."""
-    codes = words.index(place).load(words_layout(4))
-    codes = gl.convert_layout(gl.reshape(codes, [4, STEP, 8, 4, 4]), fragment_layout(4, STEP, 4), assert_trivial=True)
+def operand(words, part: gl.constexpr, STEP: gl.constexpr, LAYOUT: gl.constexpr):
+    """The codes [64, 64 · STEP] of half of a step's words [STEP, 8, 4, 32] as e4m3, where wgmma reads them."""
+    codes = gl.reshape(words.slice(part * 4, 4, dim=1).load(words_layout(4)), [STEP, 4, 8, 4, 4])
+    codes = gl.convert_layout(gl.permute(codes, (1, 0, 2, 3, 4)), fragment_layout(4, STEP, 4), assert_trivial=True)
     codes = codes_in_fp8(codes)  # block step g c t e i
     codes = gl.reshape(gl.permute(codes, (0, 5, 2, 1, 4, 3, 6)), [64, 64 * STEP])  # block e g | step t c i
     return gl.convert_layout(codes, LAYOUT, assert_trivial=True)
@@ -88,7 +77,7 @@ def consume(
             mbarrier.wait(ring.ready.index(slot), count // BUFFERS & 1)
             scale = ring.scales.index(slot).slice(part * 64, 64).load(gl.SliceLayout(1, mma))
             scale = scale.to(gl.int16, bitcast=True).to(y_desc.dtype, bitcast=True).to(gl.float32)
-            codes = operand(ring.words, slot * 2 + part, STEP, left)
+            codes = operand(ring.words.index(slot), part, STEP, left)
             for piece in gl.static_range(PIECES):
                 tokens = ring.x.index(slot).slice(piece * 128, 128).permute((1, 0))
                 product = warpgroup_mma(codes, tokens, gl.zeros([64, 128], gl.float32, layout=mma), use_acc=False)
@@ -101,7 +90,7 @@ def consume(
         for piece in gl.static_range(PIECES):
             token = first_token + piece * 128 + gl.arange(0, 128, gl.SliceLayout(0, mma))
             token_scale = gl.load(token_scale_ptr + token)
-            y = totals[piece] * gl.expand_dims(token_scale, 0)
+            y = totals[piece] * gl.expand_dims(token_scale * (1 / CODE_UNIT), 0)
             if HAS_BIAS:
                 at = first_row + gl.arange(0, 64, gl.SliceLayout(1, mma))[:, None]
                 y += gl.load(bias_ptr + at, mask=at < order.N, other=0.0).to(gl.float32)
@@ -121,7 +110,7 @@ def fp8_kernel(
     """One program: every num_programs-th of the tiles of 128 rows × TOKENS tokens."""
     TOKENS: gl.constexpr = x_desc.block_type.shape[0]
     x = gl.allocate_shared_memory(gl.float8e4nv, [BUFFERS, TOKENS, 64 * STEP], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [BUFFERS * 2, 4, 4 * STEP, 32], words_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [BUFFERS, STEP, 8, 4, 32], words_desc.layout)
     scales = gl.allocate_shared_memory(gl.uint16, [BUFFERS, 128], scale_desc.layout)
     staging = gl.allocate_shared_memory(y_desc.dtype, [2, TOKENS, 64], y_desc.layout)
     ready, free = ready_and_free(BUFFERS)
@@ -164,7 +153,7 @@ def fp8(
     y = x.new_empty(x.shape[0], scale.shape[1])
     tiles = ceil_div(y.shape[1], 128) * ceil_div(x.shape[0], tokens)
     args = (
-        box(x8, tokens, 64 * step), words_box(words, 64, step), rows_box(scale, 128), box(y, tokens, 64), token_scale,
+        box(x8, tokens, 64 * step), words_box(words, 128, step), rows_box(scale, 128), box(y, tokens, 64), token_scale,
         x if bias is None else bias, *y.shape, scale.stride(0), words.shape[1], tiles,
     )  # fmt: skip
     constants = {"GROUP": group, "HAS_BIAS": bias is not None, "RASTER": raster, "STEP": step, "BUFFERS": buffers}

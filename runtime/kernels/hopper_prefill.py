@@ -23,18 +23,17 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from formats.layout import ceil_div
 from runtime.kernels.copies import box_to_global
 from runtime.kernels.fragments import release_successor
+from runtime.kernels.hopper_producer import Order, Ring, produce, ready_and_free, task_of
 from runtime.kernels.hopper_tiles import (
-    Order,
-    Ring,
     box,
+    boxes_of,
     multiply_step,
     processors,
-    produce,
-    ready_and_free,
     reduce_tiles,
     rows_box,
     scales_in,
-    task_of,
+    several,
+    tokens_box,
     words_box,
 )
 from runtime.kernels.launch import Launcher
@@ -60,7 +59,7 @@ def consume(
         for _ in range(gl.cdiv(end - begin, STEP)):
             slot = count % BUFFERS
             mbarrier.wait(ring.ready.index(slot), count // BUFFERS & 1)
-            total = multiply_step(total, ring, slot, part, HAS_ZERO, STEP, BUFFERS)
+            total = multiply_step(total, ring, slot, part, HAS_ZERO, 2, STEP, BUFFERS)
             mbarrier.arrive(free.index(slot), count=1)
             count += 1
         if piece >= 0:
@@ -88,17 +87,18 @@ def prefill_kernel(
     RASTER: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th of the items."""
-    TOKENS: gl.constexpr = x_desc.block_type.shape[0]
-    BLOCKS: gl.constexpr = words_desc.block_type.shape[0]
-    ROWS: gl.constexpr = 32 * BLOCKS
+    X_BOX: gl.constexpr = x_desc.block_type.shape
+    TOKENS: gl.constexpr = X_BOX[len(X_BOX) - 2]
+    BLOCKS: gl.constexpr = words_desc.block_type.shape[1]
+    ROWS: gl.constexpr = 16 * BLOCKS
     SCALES: gl.constexpr = scales_in(STEP, GROUP)
-    x = gl.allocate_shared_memory(x_desc.dtype, [BUFFERS * STEP, TOKENS, 64], x_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [2 * BUFFERS * STEP, BLOCKS, 4, 32], words_desc.layout)
+    x = gl.allocate_shared_memory(x_desc.dtype, several(BUFFERS * boxes_of(X_BOX, STEP), X_BOX), x_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [BUFFERS, STEP, BLOCKS, 4, 32], words_desc.layout)
     scales = gl.allocate_shared_memory(gl.uint16, [BUFFERS * SCALES, ROWS], scale_desc.layout)
     zeros = scales
     if HAS_ZERO:
         zeros = gl.allocate_shared_memory(gl.uint16, [BUFFERS * SCALES, ROWS], zero_desc.layout)
-    staging = gl.allocate_shared_memory(x_desc.dtype, [2, TOKENS, 16 * BLOCKS], y_desc.layout)
+    staging = gl.allocate_shared_memory(x_desc.dtype, [2, TOKENS, ROWS // 2], y_desc.layout)
     ready, free = ready_and_free(BUFFERS)
     release_successor()
     ring = Ring(x_desc, words_desc, scale_desc, zero_desc, x, words, scales, zeros, ready)
@@ -132,7 +132,7 @@ def prefill(
     partial = x.new_empty(max(1, (tiles - whole) * splits * rows * tokens), dtype=torch.float32)
     scales = rows_box(scale, rows)
     args = (
-        box(x, tokens, 64), words_box(words, rows // 2), scales,
+        tokens_box(x, tokens, step), words_box(words, rows, step), scales,
         scales if zero is None else rows_box(zero, rows), box(y, tokens, rows // 2), partial,
         x if bias is None else bias, x.shape[0], outputs, scale.stride(0), words.shape[1], whole, items,
     )  # fmt: skip

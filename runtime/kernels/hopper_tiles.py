@@ -1,46 +1,23 @@
-"""What the wgmma kernels share: the order of tiles, a step's way to shared memory and registers, sums of split tiles.
-
-A step is STEP blocks of 64 columns. The copy engine brings its words, scales and tokens into a slot of a ring and
-counts the bytes on the slot's barrier. With SCALES groups in a step, and tiles of PARTS · ROWS rows:
-
-    words           [BUFFERS · PARTS · STEP, ROWS / 16, 4, 32] int32     in kernel order, see `fragments`
-    scales, zeros   [BUFFERS · SCALES, PARTS · ROWS] 16 bits
-    tokens          [BUFFERS · STEP, TOKENS, 64]
-
-In fp8 one box holds all blocks of a step.
-"""
+"""What the kernels share: the order of tiles, weights as wgmma takes them, sums of split tiles, boxes to copy."""
 
 from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from runtime.kernels.copies import box_to_shared
+from runtime.kernels.copies import box_to_shared, reinterpret
 from runtime.kernels.fragments import release_successor, shifted_weights_of, wait_for_predecessor, weights_of
 from runtime.kernels.launch import Box, Launcher
 
 GL_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
-WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
+WORDS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=4)
+TOKENS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+TOKEN_BLOCK_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 ROWS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=1)
 REDUCE_ROWS, REDUCE_TOKENS = 64, 32
-
-
-class Ring(NamedTuple):
-    """Where the steps come from, and their slots in shared memory with the barriers that count their bytes."""
-
-    x_desc: Any
-    words_desc: Any
-    scale_desc: Any
-    zero_desc: Any
-    x: Any
-    words: Any
-    scales: Any
-    zeros: Any
-    ready: Any
 
 
 @gluon.jit
@@ -70,147 +47,28 @@ def scales_in(step, group):
     return 64 * step // stretch
 
 
-@gluon.jit
-def ready_and_free(BUFFERS: gl.constexpr):
-    """The barriers of a ring with two consumers: a slot is ready by the bytes that came, free when both have left."""
-    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BUFFERS):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
-    return ready, free
+@gluon.constexpr_function
+def several(count, shape):
+    """The shape of `count` tensors of `shape`."""
+    return [count, *shape]
+
+
+@gluon.constexpr_function
+def boxes_of(shape, step):
+    """Boxes of tokens of `shape` in a step: one of three dimensions holds all blocks, one of two its columns."""
+    return 1 if len(shape) == 3 else 64 * step // shape[1]
 
 
 @gluon.jit
-def expect_step(ring, slot, HAS_ZERO: gl.constexpr, BUFFERS: gl.constexpr):
-    """Tell the barrier of `slot` how many bytes a step has."""
-    BYTES: gl.constexpr = (
-        ring.x.type.shape[0] // BUFFERS * ring.x_desc.block_type.nbytes
-        + ring.words.type.shape[0] // BUFFERS * ring.words_desc.block_type.nbytes
-        + ring.scales.type.shape[0] // BUFFERS * ring.scale_desc.block_type.nbytes * (2 if HAS_ZERO else 1)
-    )
-    mbarrier.expect(ring.ready.index(slot), BYTES)
-
-
-@gluon.jit
-def bring_weights(
-    ring,
-    slot,
-    row_tile,
-    k,
-    stride,
-    GROUP: gl.constexpr,
-    HAS_ZERO: gl.constexpr,
-    STEP: gl.constexpr,
-    BUFFERS: gl.constexpr,
-):
-    """Words, scales and zero points of the step from column block `k` on → `slot` of the ring."""
-    BLOCKS: gl.constexpr = ring.words_desc.block_type.shape[0]
-    BOXES: gl.constexpr = 4 * STEP // ring.words_desc.block_type.shape[1]
-    PARTS: gl.constexpr = ring.words.type.shape[0] // (BUFFERS * BOXES)
-    SCALES: gl.constexpr = ring.scales.type.shape[0] // BUFFERS
-    barrier = ring.ready.index(slot)
-    for part in gl.static_range(PARTS):
+def bring_tokens(x_desc, x, slot, barrier, first_token, k, BUFFERS: gl.constexpr):
+    """Tokens of the step from column block `k` on → `slot` of x, with zeros beyond the matrix."""
+    BOXES: gl.constexpr = x.type.shape[0] // BUFFERS
+    if len(x_desc.block_type.shape) == 3:
+        box_to_shared(x_desc, [k, first_token, 0], barrier, x.index(slot))
+    else:
         for i in gl.static_range(BOXES):
-            box = [(row_tile * PARTS + part) * BLOCKS, k * 4 + i * (4 * STEP // BOXES), 0]
-            box_to_shared(ring.words_desc, box, barrier, ring.words.index((slot * PARTS + part) * BOXES + i))
-    for i in gl.static_range(SCALES):
-        first = (k * 64 + i * (64 * STEP // SCALES)) // GROUP * stride + row_tile * (16 * BLOCKS * PARTS)
-        box_to_shared(ring.scale_desc, [first], barrier, ring.scales.index(slot * SCALES + i))
-        if HAS_ZERO:
-            box_to_shared(ring.zero_desc, [first], barrier, ring.zeros.index(slot * SCALES + i))
-
-
-@gluon.jit
-def bring_tokens(ring, slot, first_token, k, end, column_blocks, BUFFERS: gl.constexpr):
-    """Tokens of the step from column block `k` on → `slot`; from block `end` on zeros, from beyond the matrix."""
-    BOXES: gl.constexpr = ring.x.type.shape[0] // BUFFERS
-    for i in gl.static_range(BOXES):
-        block = k + i * (ring.x_desc.block_type.shape[1] // 64)
-        block = gl.where(block < end, block, column_blocks)
-        box_to_shared(ring.x_desc, [first_token, block * 64], ring.ready.index(slot), ring.x.index(slot * BOXES + i))
-
-
-@gluon.jit
-def bring_step(
-    ring, slot, row_tile, first_token, k, end, stride, column_blocks,
-    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
-    """All of the step from column block `k` on → `slot`."""
-    expect_step(ring, slot, HAS_ZERO, BUFFERS)
-    bring_weights(ring, slot, row_tile, k, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
-    bring_tokens(ring, slot, first_token, k, end, column_blocks, BUFFERS)
-
-
-@gluon.jit
-def bring_first_steps(
-    ring, row_tile, first_token, begin, end, stride, column_blocks,
-    GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
-    """Fill the ring, with tokens once the kernel before has ended: weights do not wait for it; how many steps."""
-    ahead = gl.minimum(gl.cdiv(end - begin, STEP), BUFFERS)
-    for step in range(ahead):
-        expect_step(ring, step, HAS_ZERO, BUFFERS)
-        bring_weights(ring, step, row_tile, begin + step * STEP, stride, GROUP, HAS_ZERO, STEP, BUFFERS)
-    wait_for_predecessor()
-    for step in range(ahead):
-        bring_tokens(ring, step, first_token, begin + step * STEP, end, column_blocks, BUFFERS)
-    return ahead
-
-
-class Order(NamedTuple):
-    """What there is to do: `whole` tiles and then, to `items`, the parts of split ones."""
-
-    M: Any
-    N: Any
-    stride: Any  # between the scales of two groups
-    column_blocks: Any
-    whole: Any
-    items: Any
-
-
-@gluon.jit
-def task_of(
-    order,
-    item,
-    ROWS: gl.constexpr,
-    TOKENS: gl.constexpr,
-    SPLITS: gl.constexpr,
-    RASTER: gl.constexpr,
-    STEP: gl.constexpr,
-):
-    """Number of the part (negative for a whole tile), row tile, first token, first and last column block of an item."""
-    part = item - order.whole
-    split = part >= 0
-    tile = gl.where(split, order.whole + part // SPLITS, item)
-    row_tile, token_tile = place_of(tile, order.M, gl.cdiv(order.N, ROWS), TOKENS, RASTER)
-    begin, end = range_of(order.column_blocks, gl.maximum(part, 0) % SPLITS, SPLITS, STEP)
-    begin, end = gl.where(split, begin, 0), gl.where(split, end, order.column_blocks)
-    return part, row_tile, token_tile * TOKENS, begin, end
-
-
-@gluon.jit
-def produce(
-    order, ring, free, ROWS: gl.constexpr, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, SPLITS: gl.constexpr,
-    RASTER: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
-    """Bring every step of every item of this program as soon as the consumers have left its slot of the ring."""
-    TOKENS: gl.constexpr = ring.x_desc.block_type.shape[0]
-    stride, column_blocks = order.stride, order.column_blocks
-    _, row_tile, first_token, begin, end = task_of(order, gl.program_id(0), ROWS, TOKENS, SPLITS, RASTER, STEP)
-    ahead = bring_first_steps(
-        ring, row_tile, first_token, begin, end, stride, column_blocks, GROUP, HAS_ZERO, STEP, BUFFERS
-    )
-    count = ahead
-    for item in range(gl.program_id(0), order.items, gl.num_programs(0)):
-        _, row_tile, first_token, begin, end = task_of(order, item, ROWS, TOKENS, SPLITS, RASTER, STEP)
-        done = gl.where(item == gl.program_id(0), ahead, 0)
-        for step in range(done, gl.cdiv(end - begin, STEP)):
-            slot = count % BUFFERS
-            mbarrier.wait(free.index(slot), (count // BUFFERS & 1) ^ 1)
-            k = begin + step * STEP
-            bring_step(ring, slot, row_tile, first_token, k, end, stride, column_blocks, GROUP, HAS_ZERO, STEP, BUFFERS)
-            count += 1
+            box = [first_token, k * 64 + i * x_desc.block_type.shape[1]]
+            box_to_shared(x_desc, box, barrier, x.index(slot * BOXES + i))
 
 
 @gluon.constexpr_function
@@ -221,8 +79,8 @@ def doublings(first, count):
 
 @gluon.constexpr_function
 def words_layout(warps):
-    """Words [blocks, 4 · step, 32]: a block a warp, four words a lane."""
-    return gl.BlockedLayout([1, 1, 4], [1, 4, 8], [warps, 1, 1], [2, 1, 0])
+    """Words [step, blocks, 4, 32]: a block a warp, four words a lane."""
+    return gl.BlockedLayout([1, 1, 1, 4], [1, 1, 4, 8], [1, warps, 1, 1], [3, 2, 1, 0])
 
 
 @gluon.constexpr_function
@@ -276,15 +134,14 @@ def of_rows(values, first, part: gl.constexpr, SCALES: gl.constexpr, FRAGMENT: g
 
 @gluon.jit
 def operand(ring, slot, i: gl.constexpr, part: gl.constexpr, LAYOUT: gl.constexpr, DTYPE: gl.constexpr,
-            HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr):  # fmt: skip
-    """Weights [ROWS, 64] of one part of the tile and block `i` of a step, in the registers where wgmma reads them."""
-    BLOCKS: gl.constexpr = ring.words.type.shape[1]
-    PARTS: gl.constexpr = ring.words.type.shape[0] // (BUFFERS * STEP)
+            HAS_ZERO: gl.constexpr, PARTS: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr):  # fmt: skip
+    """Weights [ROWS, 64] of one of PARTS of the tile and block `i` of a step, in the registers that wgmma reads."""
+    WARPS: gl.constexpr = LAYOUT.parent.warps_per_cta[0]
+    BLOCKS: gl.constexpr = ring.words.type.shape[2] // PARTS
     IN_STEP: gl.constexpr = ring.scales.type.shape[0] // BUFFERS
     SCALES: gl.constexpr = max(1, IN_STEP // STEP)
-    WARPS: gl.constexpr = LAYOUT.parent.warps_per_cta[0]
     fragment: gl.constexpr = fragment_layout(BLOCKS, 1, WARPS)
-    codes = ring.words.index((slot * PARTS + part) * STEP + i).load(words_layout(WARPS))
+    codes = ring.words.index(slot).slice(i, 1).slice(part * BLOCKS, BLOCKS, dim=1).load(words_layout(WARPS))
     codes = gl.convert_layout(gl.reshape(codes, [BLOCKS, 1, 8, 4, 4]), fragment, assert_trivial=True)
     first = slot * IN_STEP + i * IN_STEP // STEP
     scale, scale_8 = of_rows(ring.scales, first, part, SCALES, fragment)
@@ -299,14 +156,16 @@ def operand(ring, slot, i: gl.constexpr, part: gl.constexpr, LAYOUT: gl.constexp
 
 @gluon.jit
 def multiply_step(
-    total, ring, slot, part: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr
-):
+    total, ring, slot, part: gl.constexpr, HAS_ZERO: gl.constexpr, PARTS: gl.constexpr, STEP: gl.constexpr,
+    BUFFERS: gl.constexpr,
+):  # fmt: skip
     """Add the product of the step in `slot`; each block is unpacked while the tensor cores work on the one before."""
     left: gl.constexpr = gl.DotOperandLayout(0, total.type.layout, 2)
+    tokens = reinterpret(ring.x, ring.x.dtype, [BUFFERS * STEP, total.shape[1], 64], TOKEN_BLOCK_LAYOUT)
     unpacked = ()
     for i in gl.static_range(STEP):
-        weights = operand(ring, slot, i, part, left, ring.x.dtype, HAS_ZERO, STEP, BUFFERS)
-        total = warpgroup_mma(weights, ring.x.index(slot * STEP + i).permute((1, 0)), total, is_async=True)
+        weights = operand(ring, slot, i, part, left, ring.x.dtype, HAS_ZERO, PARTS, STEP, BUFFERS)
+        total = warpgroup_mma(weights, tokens.index(slot * STEP + i).permute((1, 0)), total, is_async=True)
         unpacked += (weights,)
     return warpgroup_mma_wait(0, deps=(total,) + unpacked)[0]
 
@@ -377,10 +236,23 @@ def box(matrix: Tensor, rows: int, columns: int) -> Box:
     return Box(matrix, (height, width), (width, 1), (rows, columns), swizzled(rows, columns, matrix.dtype))
 
 
-def words_box(words: Tensor, rows: int, blocks: int = 1) -> Box:
-    """For the copy engine: `rows` rows of `blocks` blocks of columns."""
-    height, width = words.shape[0], words.shape[1] * 4
-    return Box(words, (height, width, 32), (width * 32, 32, 1), (rows // 16, 4 * blocks, 32), WORDS_LAYOUT)
+def tokens_box(x: Tensor, tokens: int, blocks: int) -> Box:
+    """For the copy engine: `blocks` blocks of 64 columns of `tokens` tokens, or one block where K ends within one.
+
+    Swizzled boxes have eight rows at least: they may have more tokens than asked for.
+    """
+    height, width = x.shape
+    if width % 64:
+        return box(x, max(8, tokens), 64)
+    shape, strides = (width // 64, height, 64), (64, width, 1)
+    return Box(x, shape, strides, (blocks, tokens if tokens * blocks >= 8 else 8, 64), TOKENS_LAYOUT)
+
+
+def words_box(words: Tensor, rows: int, blocks: int) -> Box:
+    """For the copy engine: `blocks` blocks of columns of `rows` rows."""
+    height, width = words.shape[:2]
+    shape, strides = (width, height, 4, 32), (128, width * 128, 32, 1)
+    return Box(words, shape, strides, (blocks, rows // 16, 4, 32), WORDS_LAYOUT)
 
 
 def rows_box(values: Tensor, rows: int) -> Box:

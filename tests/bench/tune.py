@@ -1,6 +1,6 @@
 """Measure every sensible option of the Hopper kernels and write the fastest as the table that the runtime ships.
 
-Run: PYTHONPATH=.:tests:tests/bench python tests/bench/tune.py TABLE.json
+Run: PYTHONPATH=.:tests:tests/bench python tests/bench/tune.py TABLE.json [--tokens 1,16] [--activations bf16]
 """
 
 import json
@@ -40,27 +40,27 @@ def candidates(tokens: int, rows: int, columns: int, activations: str = "bf16") 
     if activations == "fp8":
         yield from _fp8()
         return
-    if tokens <= 16:
+    if tokens <= 32:
         yield from _decode(tokens, rows, columns)
-    if 8 < tokens <= 512:
+    if 16 < tokens <= 512:
         yield from _batch(tokens, rows, columns)
-    if tokens > 8:
+    if tokens > 32:
         yield from _prefill(tokens, rows, columns)
 
 
 def _decode(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
-    shapes = [(16, 4, 2, 4), (16, 8, 2, 4), (16, 8, 2, 2), (32, 4, 2, 2), (32, 4, 2, 4)]
-    if tokens > 8:
-        shapes = [(16, 4, 2, 4), (16, 8, 2, 4), (32, 4, 2, 2), (32, 8, 2, 2), (64, 4, 1, 2)]
-    for height, warps, step, depth in shapes:
-        for ring in (0, 4) if tokens <= 2 else (3, 4):
-            for splits in (1, 2, 4) if tokens > 2 else (1,):
-                # with 128 two programs more fit on a processor; eight blocks ahead would spill
-                for registers in (128, 255) if ring and height == 16 and step * depth < 8 else (255,):
-                    programs, steps = ceil_div(rows, height) * splits, columns / 64 / step / warps / splits
-                    if 100 <= programs <= (2000 if splits == 1 else 600) and steps > depth / 2:
-                        yield "decode", {"rows": height, "warps": warps, "step": step, "depth": depth, "ring": ring,
-                                         "splits": splits, "registers": registers}  # fmt: skip
+    box = next(box for box in (1, 8, 16, 32) if box >= tokens)
+    shapes = [(16, 4, 2), (16, 8, 2), (32, 4, 2), (32, 8, 2), (64, 4, 2)]
+    if box < 32:
+        shapes += [(16, 8, 4) if box == 1 else (16, 4, 4), (32, 4, 4)]
+    for height, warps, step in shapes:
+        for splits in (1, 2):
+            programs, steps = ceil_div(rows, height) * splits, ceil_div(columns // 64, warps * step * splits)
+            slot = warps * step * (32 * height + height + 128 * box)
+            for buffers in {min(steps, buffers) for buffers in (2, 3, 4)}:
+                if programs >= 100 and (splits == 1 or programs <= 600) and buffers * slot < SHARED_BYTES // 2:
+                    yield "decode", {"rows": height, "tokens": box, "warps": warps, "splits": splits, "step": step,
+                                     "buffers": buffers}  # fmt: skip
 
 
 def _width(tokens: int, most: int) -> int:
@@ -68,12 +68,10 @@ def _width(tokens: int, most: int) -> int:
 
 
 def _batch(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
-    for width in {_width(tokens, 64), _width(tokens, 128)}:
+    for width in sorted({_width(tokens, 64), _width(tokens, 128)}):
         for warps in (4, 8):
             programs = ceil_div(rows, 16 * warps) * ceil_div(tokens, width)
-            for step, buffers in {16: ((2, 4), (4, 3), (4, 6)), 32: ((2, 4), (4, 3)), 64: ((2, 3), (4, 2))}.get(
-                width, ((2, 3),)
-            ):
+            for step, buffers in {32: ((2, 4), (4, 3)), 64: ((2, 3), (4, 2))}.get(width, ((2, 3),)):
                 for splits in SPLITS:
                     if 110 <= programs * splits <= 1100 and columns // 64 >= 2 * step * splits:
                         yield "batch", {"tokens": width, "warps": warps, "splits": splits, "raster": 8, "step": step,
@@ -102,9 +100,8 @@ def _prefill(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
 
 
 def _fp8() -> Iterator[Candidate]:
-    for width, buffers in ((128, 6), (256, 4)):
-        for raster in (4, 8, 16):
-            yield "fp8", {"tokens": width, "raster": raster, "buffers": buffers}
+    for raster in (4, 8, 16):
+        yield "fp8", {"tokens": 256, "raster": raster, "buffers": 4}
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ def compile_all(sizes: Iterable[Size]) -> None:
     """Run every candidate once, in several processes: timings then find Triton's cache."""
     jobs = {(size, kernel, tuple(options.items())) for size in sizes for kernel, options in candidates(*size)}
     order = sorted(jobs, key=lambda job: -job[0][1] * job[0][2])
-    kinds = {(job[1:], job[0][0] > 8): job for job in order}  # the smallest matrix of a kind
+    kinds = {job[1:]: job for job in order}  # the smallest matrix of a kind
     with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
         list(pool.map(run_once, kinds.values()))
 
@@ -163,14 +160,25 @@ def run_once(job: tuple[Size, str, tuple[tuple[str, int], ...]]) -> None:
 
 @click.command(help=__doc__)
 @click.argument("table", type=click.Path(path_type=Path))
-def main(table: Path) -> None:
-    """Write the table."""
-    sizes = [(tokens, *shape, "bf16") for shape in SHAPES for tokens in TOKENS]
-    sizes += [(tokens, *shape, "fp8") for shape in SHAPES for tokens in TOKENS if tokens >= FP8_TOKENS]
+@click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True)
+@click.option("--activations", default="bf16,fp8", show_default=True, help="fp8 only where there are tokens enough.")
+def main(table: Path, tokens: str, activations: str) -> None:
+    """Write the table, size by size; entries for other sizes stay."""
+    kinds, counts = activations.split(","), [int(count) for count in tokens.split(",")]
+    sizes = [(count, *shape, kind) for kind in kinds for shape in SHAPES for count in counts
+             if kind == "bf16" or count >= FP8_TOKENS]  # fmt: skip
+    entries = json.loads(table.read_text())["entries"] if table.exists() else []
     compile_all(sizes)
-    entries = [best(*size) for size in sizes]
-    lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
-    table.write_text(f'{{"device": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
+    for size in sizes:
+        found = best(*size)
+        entries = [entry for entry in entries if size_of(entry) != size] + [found]
+        lines = ",\n".join("  " + json.dumps(entry) for entry in sorted(entries, key=size_of))
+        table.write_text(f'{{"device": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
+
+
+def size_of(entry: dict[str, Any]) -> Size:
+    """What an entry is for."""
+    return entry["tokens"], entry["rows"], entry["columns"], entry["activations"]
 
 
 if __name__ == "__main__":
