@@ -38,9 +38,9 @@ POINTERS = {
 ALIGNED = (*POINTERS, "N", "K", "words", "columns")  # multiples of 16 where shapes are, as Triton finds at a launch
 TILE = {"SYMMETRIC": True, "ONE_SCALE": True, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_K": 128}
 PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "absmax": (absmax_kernel, {"SMALLEST": 2.0**-126, "SYMMETRIC": True, "ROWS": 16, "WORDS": 32, "CHUNKS": 1}),
+    "absmax": (absmax_kernel, {"SMALLEST": 2.0**-126, "SYMMETRIC": True, "GROUPS": 16, "WORDS": 32, "CHUNKS": 1}),
     "absmax asymmetric, chunks": (
-        absmax_kernel, {"SMALLEST": 2.0**-126, "SYMMETRIC": False, "ROWS": 1, "WORDS": 1024, "CHUNKS": 4}),
+        absmax_kernel, {"SMALLEST": 2.0**-126, "SYMMETRIC": False, "GROUPS": 1, "WORDS": 1024, "CHUNKS": 4}),
     "matmul": (matmul_kernel, {**TILE, "HAS_BIAS": True, "BLOCK_N": 128, "BLOCK_M": 128}),
     "matmul, scales inside": (matmul_kernel, {**TILE, "HAS_BIAS": False, "ONE_SCALE": False, "BLOCK_K": 32}),
     "splitk": (splitk_kernel, TILE),

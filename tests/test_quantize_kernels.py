@@ -7,7 +7,7 @@ from checkpoints import random
 from converter.quantize.absmax import absmax
 from formats import codec
 from formats.errors import NonFiniteError
-from formats.layout import Scheme
+from formats.layout import Scheme, ceil_div
 
 kernels = pytest.importorskip("converter.quantize.kernels", reason="Triton is not on this platform")
 
@@ -37,6 +37,27 @@ def test_kernel_gives_the_codecs_bits(rows: int, columns: int, size: int, symmet
     same_as_codec(rows, columns, size, symmetric, dtype, "cpu")
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("dtype", "bits", "step"), [(torch.bfloat16, 8, 1), (torch.float16, 11, 37)], ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_quotients_are_rounded_as_by_division(
+    device: str, dtype: torch.dtype, bits: int, step: int, symmetric: bool
+) -> None:
+    """Weights of every mantissa and six exponents, in rows whose largest has every `step`-th: ties are among them."""
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("the interpreter stands in for a GPU")
+    mantissas = torch.arange(1 << (bits - 1), 1 << bits) / (1 << (bits - 1))
+    smaller = torch.cat([mantissas * 2.0**-exponent for exponent in range(6)])
+    smaller[1::2] *= -1
+    largest = 2 * mantissas[::step, None]
+    weight = torch.cat((largest, smaller.expand(len(largest), -1), -largest / 16), 1).to(dtype)
+    scheme = Scheme(-1, symmetric)
+    expected = codec.quantize(weight, scheme, dtype)
+    found = kernels.absmax(weight.to(device), scheme, dtype)
+    assert torch.equal(found.scale.cpu(), expected.scale)
+    assert torch.equal(found.packed.cpu(), expected.packed)
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,6 +69,7 @@ def test_kernel_gives_the_codecs_bits_on_a_gpu(
     same_as_codec(rows, columns, size, symmetric, dtype, "cuda")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_kernel_sees_weights_that_are_not_finite(bad: float, device: str) -> None:
@@ -80,7 +102,7 @@ def test_all_programs_are_on_the_one_axis_that_has_no_limit(monkeypatch: pytest.
 
     monkeypatch.setattr(kernels, "absmax_kernel", Kernel())
     kernels.absmax(random(3, 8 * 70_000), Scheme(8), torch.bfloat16)
-    assert grids == [(70_000,)]
+    assert grids == [(ceil_div(3 * 70_000, kernels.TILE_WORDS),)]
 
 
 @pytest.mark.gpu

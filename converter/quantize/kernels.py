@@ -9,31 +9,35 @@ from formats.codec import MIN_SCALE, Quantized, check_finite, pack_zero_point
 from formats.layout import CODES_PER_WORD, Scheme, ceil_div
 
 TILE_WORDS = 512  # words (of 8 weights) that one program holds in registers
-WARPS = 4
+LANE_WORDS = 8
 MAX_CHUNK_WORDS = 1024  # a longer group is walked in chunks, twice; the second time it comes from the cache
 
 
 @triton.jit
 def _load(w_ptr, row, first, offset, width, rows, columns):
-    """Weights [ROWS, WORDS, 8] of a group from its word `offset` on, as fp32; 0 outside, and where they are inside."""
+    """Weights [GROUPS, WORDS, 8] from word `offset` of each group on, as fp32; 0 outside, and where they are inside."""
     in_group = offset[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    column = first + in_group
+    column = first[:, None, None] + in_group
     inside = (row[:, None, None] < rows) & (in_group < width) & (column < columns)
     w = tl.load(w_ptr + row[:, None, None].to(tl.int64) * columns + column, mask=inside, other=0.0)
     return w.to(tl.float32), inside
 
 
 @triton.jit
-def _range(w):
-    """Smallest and largest weight of each row of a tile [ROWS, WORDS, 8]."""
-    return tl.min(tl.min(w, 2), 1), tl.max(tl.max(w, 2), 1)
+def _range(w, SYMMETRIC: tl.constexpr):
+    """Smallest and largest weight of each group of a tile [GROUPS, WORDS, 8]; if SYMMETRIC ∓ the largest magnitude."""
+    if SYMMETRIC:
+        high = tl.max(tl.max(tl.abs(w), 2), 1)
+        low = -high
+    else:
+        low, high = tl.min(tl.min(w, 2), 1), tl.max(tl.max(w, 2), 1)
+    return low, high
 
 
 @triton.jit
-def _count_bad(w):
-    # Counted on its own: tl.max and tl.min pass over NaN.
-    bad = (w != w) | (tl.abs(w) == float("inf"))
-    return tl.sum(tl.sum(tl.sum(bad.to(tl.int32), 2), 1), 0)
+def _not_a_number_if_bad(w):
+    """0, or NaN if a group has NaN or infinity: looked for apart, because tl.max and tl.min pass over NaN."""
+    return tl.sum(tl.sum(w * 0.0, 2), 1)
 
 
 @triton.jit
@@ -49,11 +53,11 @@ def _as_stored(x, SCALE: tl.constexpr):
 
 @triton.jit
 def _scale(low, high, SCALE: tl.constexpr, SMALLEST: tl.constexpr, SYMMETRIC: tl.constexpr):
-    """Scale as stored (in fp32) and zero point of each row, from the range of its weights."""
+    """Scale as stored (in fp32) and zero point of each group, from the range of its weights."""
     low = tl.minimum(low, 0.0)
     high = tl.maximum(high, 0.0)
     if SYMMETRIC:
-        exact = tl.div_rn(tl.maximum(-low, high), 7.0)
+        exact = tl.div_rn(high, 7.0)
     else:
         exact = tl.div_rn(high, 15.0) - tl.div_rn(low, 15.0)
     scale = tl.maximum(_as_stored(exact, SCALE), SMALLEST)
@@ -64,59 +68,78 @@ def _scale(low, high, SCALE: tl.constexpr, SMALLEST: tl.constexpr, SYMMETRIC: tl
     return scale, zero
 
 
+ROUND = tl.constexpr(1.5 * 2.0**23)  # what is added to a number < 2²² leaves no bits for a fraction: half to even
+SNAP = tl.constexpr(1.5 * 2.0**9)  # leaves 14 bits
+
+
 @triton.jit
 def _round(x):
-    """Round half to even, for |x| < 2²²: adding 1.5 · 2²³ leaves no bits for a fraction."""
-    return (x + 12582912.0) - 12582912.0
+    """Round half to even, for |x| < 2²²."""
+    return (x + ROUND) - ROUND
 
 
 @triton.jit
-def _pack(w, inside, scale, zero):
-    """Words [ROWS, WORDS] of weights [ROWS, WORDS, 8]; code 0 outside."""
-    z = zero[:, None, None]
-    code = _round(tl.clamp(tl.div_rn(w, scale[:, None, None]), -8.0 - z, 7.0 - z)) + z
-    nibble = tl.where(inside, code, 0.0).to(tl.int32) + 8
-    return tl.sum(nibble << (4 * tl.arange(0, 8))[None, None, :], 2)
+def _quotient(w, scale, SOURCE: tl.constexpr):
+    """w / scale as far as rounding to an integer sees it, for quotients up to 32 in magnitude.
+
+    Divisions would take most of the kernel's time. A quotient of numbers of 11 bits is half an integer or 2⁻¹³ away
+    from it; w · (1 / scale) is off by 2⁻¹⁸ at most, and 14 bits of it put a half back in its place.
+    """
+    if SOURCE == tl.float32:
+        return tl.div_rn(w, scale)
+    return (w * tl.div_rn(1.0, scale) + SNAP) - SNAP
+
+
+@triton.jit
+def _pack(w, inside, scale, zero, SOURCE: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Words [GROUPS, WORDS] of weights [GROUPS, WORDS, 8]; code 0 outside."""
+    quotient = _quotient(w, scale[:, None, None], SOURCE)
+    if SYMMETRIC:  # 7.5 and more only where the scale has hardly any bits; outside the quotient is 0
+        nibble = (tl.clamp(quotient, -8.0, 7.0) + (ROUND + 8)).to(tl.int32, bitcast=True)
+    else:
+        z = zero[:, None, None]
+        code = (tl.clamp(quotient, -8.0 - z, 7.0 - z) + ROUND).to(tl.int32, bitcast=True)
+        nibble = tl.where(inside, code + (z.to(tl.int32) + 8), 8)
+    return tl.sum((nibble & 0xF) << (4 * tl.arange(0, 8))[None, None, :], 2)
 
 
 @triton.jit
 def absmax_kernel(
     w_ptr, packed_ptr, scale_ptr, zero_ptr, bad_ptr,
     rows, columns, width, words, groups,
-    SMALLEST: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, CHUNKS: tl.constexpr,
+    SMALLEST: tl.constexpr, SYMMETRIC: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of one group, of CHUNKS chunks of WORDS words."""
-    row = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
-    group = tl.program_id(0) % groups
-    first = group * width
+    """One program: GROUPS groups, neighbours in memory, of CHUNKS chunks of WORDS words."""
+    place = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    row = place // groups
+    first = place % groups * width
     chunk = tl.arange(0, WORDS)
     SCALE: tl.constexpr = scale_ptr.dtype.element_ty
+    SOURCE: tl.constexpr = w_ptr.dtype.element_ty
 
     w, inside = _load(w_ptr, row, first, chunk, width, rows, columns)
-    low, high = _range(w)
-    bad = _count_bad(w)
+    low, high = _range(w, SYMMETRIC)
+    bad = _not_a_number_if_bad(w)
     for i in range(1, CHUNKS):
         more, _ = _load(w_ptr, row, first, chunk + i * WORDS, width, rows, columns)
-        more_low, more_high = _range(more)
+        more_low, more_high = _range(more, SYMMETRIC)
         low, high = tl.minimum(low, more_low), tl.maximum(high, more_high)
-        bad += _count_bad(more)
-    if bad > 0:
-        tl.atomic_max(bad_ptr, 1)
+        bad += _not_a_number_if_bad(more)
+    tl.atomic_max(bad_ptr + tl.zeros_like(row), 1, mask=bad != 0)
 
     scale, zero = _scale(low, high, SCALE, SMALLEST, SYMMETRIC)
-    scale_at = row.to(tl.int64) * groups + group
-    tl.store(scale_ptr + scale_at, scale.to(SCALE), mask=row < rows)
+    tl.store(scale_ptr + place, scale.to(SCALE), mask=row < rows)
     if not SYMMETRIC:
-        tl.store(zero_ptr + scale_at, zero.to(tl.int8), mask=row < rows)
+        tl.store(zero_ptr + place, zero.to(tl.int8), mask=row < rows)
 
     for i in range(CHUNKS):
         offset = chunk + i * WORDS
         if i > 0:
             w, inside = _load(w_ptr, row, first, offset, width, rows, columns)
-        word = first // 8 + offset
-        packed = _pack(w, inside, scale, zero)
-        mask = (row[:, None] < rows) & (offset * 8 < width)[None, :] & (word < words)[None, :]
-        tl.store(packed_ptr + row[:, None].to(tl.int64) * words + word[None, :], packed, mask=mask)
+        word = first[:, None] // 8 + offset[None, :]
+        packed = _pack(w, inside, scale, zero, SOURCE, SYMMETRIC)
+        mask = (row[:, None] < rows) & (offset * 8 < width)[None, :] & (word < words)
+        tl.store(packed_ptr + row[:, None].to(tl.int64) * words + word, packed, mask=mask)
 
 
 def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:
@@ -131,7 +154,7 @@ def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantize
 
 
 def launch(
-    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, *, tile_words: int = TILE_WORDS, warps: int = WARPS
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, *, tile_words: int = TILE_WORDS, warps: int | None = None
 ) -> tuple[Quantized, Tensor]:
     """The work of `absmax` without waiting for it, and a flag [1] that will be set if a weight is not finite."""
     rows, columns = weight.shape
@@ -139,17 +162,19 @@ def launch(
     words = ceil_div(columns, CODES_PER_WORD)
     group_words = triton.next_power_of_2(ceil_div(width, CODES_PER_WORD))
     chunk_words = min(group_words, MAX_CHUNK_WORDS)
-    tile_rows = max(1, tile_words // chunk_words)
+    tile_groups = max(1, tile_words // chunk_words)
     packed = weight.new_empty((rows, words), dtype=torch.int32)
     scale = weight.new_empty((rows, groups), dtype=scale_dtype)
     zero = weight.new_empty((rows, groups), dtype=torch.int8)
     bad = weight.new_zeros(1, dtype=torch.int32)
-    grid = (ceil_div(rows, tile_rows) * groups,)  # one axis: a second ends at 65535
+    if columns == groups * width:  # a matrix of whole groups is one with a group a row, and needs no division
+        rows, columns, words, groups = rows * groups, width, words // groups, 1
+    grid = (ceil_div(rows * groups, tile_groups),)  # one axis: a second ends at 65535
     with torch.cuda.device_of(weight):  # Triton launches on the current GPU, whichever holds the weight
         absmax_kernel[grid](
             weight, packed, scale, zero, bad,
             rows, columns, width, words, groups,
-            MIN_SCALE[scale_dtype], scheme.symmetric, tile_rows, chunk_words, ceil_div(group_words, chunk_words),
-            num_warps=warps,
+            MIN_SCALE[scale_dtype], scheme.symmetric, tile_groups, chunk_words, ceil_div(group_words, chunk_words),
+            num_warps=warps or max(1, tile_groups * chunk_words // (32 * LANE_WORDS)),
         )  # fmt: skip
     return Quantized(packed, scale, None if scheme.symmetric else pack_zero_point(zero)), bad
