@@ -265,67 +265,98 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def trio(tiny: None) -> model.Models:
+def four(tiny: None) -> model.Models:
     bf16 = model.build("1b", "cpu")
     int4 = model.int4_of(bf16, 64, "bf16")
-    return model.Models(bf16, int4, model.judge_of(int4))
+    return model.Models(bf16, int4, model.unpacked(int4, torch.float32), model.unpacked(int4, torch.bfloat16))
 
 
-def test_random_weights_are_as_they_should_be(trio: model.Models) -> None:
-    for name, parameter in trio.bf16.named_parameters():
+def test_random_weights_are_as_they_should_be(four: model.Models) -> None:
+    for name, parameter in four.bf16.named_parameters():
         deviation = parameter.float().std().item()
         assert deviation == (0 if "norm" in name else pytest.approx(0.02, rel=0.1)), name
         assert parameter.dtype == torch.bfloat16
 
 
-def test_operations_of_a_model(trio: model.Models) -> None:
-    assert model.flops(trio.int4, 3, 5) == 2 * 3 * (5 * TINY_WEIGHTS + TINY_HEAD)
+def test_operations_of_a_model(four: model.Models) -> None:
+    assert model.flops(four.int4, 3, 5) == 2 * 3 * (5 * TINY_WEIGHTS + TINY_HEAD)
 
 
-def test_bytes_that_a_forward_pass_reads(trio: model.Models) -> None:
-    assert model.nbytes(trio.bf16) == 2 * (TINY_WEIGHTS + TINY_HEAD)
-    assert model.nbytes(trio.int4) == TINY_WEIGHTS // 2 + TINY_WEIGHTS // 64 * 2 + 2 * TINY_HEAD
+def test_bytes_that_a_forward_pass_reads(four: model.Models) -> None:
+    assert model.nbytes(four.bf16) == 2 * (TINY_WEIGHTS + TINY_HEAD)
+    assert model.nbytes(four.int4) == TINY_WEIGHTS // 2 + TINY_WEIGHTS // 64 * 2 + 2 * TINY_HEAD
 
 
 @torch.no_grad()
-def test_the_judge_has_the_weights_of_the_int4_model(trio: model.Models) -> None:
-    ids = model.random_ids(trio.int4, 2, 6)
-    assert torch.equal(model.forward(trio.judge, ids), model.forward(trio.int4, ids))
-    assert not any(isinstance(layer, model.Int4Linear) for layer in trio.judge.modules())
+def test_the_yardstick_has_the_weights_of_the_int4_model(four: model.Models) -> None:
+    ids = model.random_ids(four.int4, 2, 6)
+    assert torch.equal(model.forward(four.rounded, ids), model.forward(four.int4, ids))
+    assert not any(isinstance(layer, model.Int4Linear) for layer in four.rounded.modules())
+
+
+@torch.no_grad()
+def test_the_exact_model_has_the_weights_of_the_int4_model_in_fp32(four: model.Models) -> None:
+    path = "model.layers.0.mlp.up_proj"
+    wanted = four.int4.get_submodule(path).dequantize(torch.float32)
+    assert torch.equal(four.exact.get_submodule(path).weight, wanted)
+    assert {parameter.dtype for parameter in four.exact.parameters()} == {torch.float32}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("section", ["prefill", "decode"])
-def test_a_wrong_layer_shows(trio: model.Models, section: str) -> None:
-    trio.int4.model.layers[1].mlp.up_proj.weight_scale *= 1.5
-    rows = model.measure_decode(trio, 2) if section == "decode" else model.measure_forward(trio, section, 2, 8)
-    assert all(row.rel_error > model.MAX_ERROR["bf16"] for row in rows)
+def test_a_wrong_layer_shows(four: model.Models, section: str) -> None:
+    four.int4.model.layers[1].mlp.up_proj.weight_scale *= 1.5
+    rows = model.measure_decode(four, 2) if section == "decode" else model.measure_forward(four, section, 2, 8)
+    assert not any(row.right(model.MAX_ERROR["bf16"]) for row in rows)
 
 
 @pytest.mark.parametrize("error", [float("nan"), 0.3])
 def test_a_wrong_model_has_no_speed(error: float) -> None:
-    row = model.Row("decode", "graph", 4, 1, "ms", 3.0, 2.0, rel_error=error, flops=10**9, nbytes=10**9)
-    assert model.line(row, 0.2).split() == ["decode", "graph", "4", "1", "3.000", "ms", "WRONG", f"{error:.1e}"]
+    row = model.Row("decode", "graph", 4, 1, "ms", 3.0, 2.0, rel_error=error, yardstick=0.1, flops=10**9, nbytes=10**9)
+    assert model.line(row, 2).split() == [
+        "decode",
+        "graph",
+        "4",
+        "1",
+        "3.000",
+        "ms",
+        "WRONG",
+        f"{error:.1e}",
+        "1.0e-01",
+    ]
 
 
 def test_a_right_model_has_its_speed() -> None:
-    row = model.Row("decode", "graph", 4, 1, "ms", 4.0, 2.0, rel_error=0.1, flops=10**12, nbytes=10**9)
-    figures = ["4.000", "2.000", "ms", "2.00", "1000", "2000", "500", "500", "1.0e-01"]
-    assert model.line(row, 0.2).split() == ["decode", "graph", "4", "1", *figures]
+    row = model.Row("decode", "graph", 4, 1, "ms", 4.0, 2.0, rel_error=0.1, yardstick=0.1, flops=10**12, nbytes=10**9)
+    figures = ["4.000", "2.000", "ms", "2.00", "1000", "2000", "500", "500", "1.0e-01", "1.0e-01"]
+    assert model.line(row, 2).split() == ["decode", "graph", "4", "1", *figures]
 
 
 @torch.no_grad()
-def test_decoding_is_that_of_generate(trio: model.Models) -> None:
-    trio.bf16.float()  # no near ties
-    prompt = model.random_ids(trio.bf16, 2, 9)
-    wanted = trio.bf16.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)[:, 9:]
-    decoder = model.Decoder(trio.bf16, prompt[:, :-1], compiled=False)
+def test_decoding_is_that_of_generate(four: model.Models) -> None:
+    four.bf16.float()  # no near ties
+    prompt = model.random_ids(four.bf16, 2, 9)
+    wanted = four.bf16.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)[:, 9:]
+    decoder = model.Decoder(four.bf16, prompt[:, :-1], compiled=False)
     decoder.token.copy_(prompt[:, -1:])
     found = []
     for _ in range(4):
         decoder.step()
         found.append(decoder.token.clone())
     assert torch.equal(torch.cat(found, 1), wanted)
+
+
+@torch.no_grad()
+def test_packed_attention_is_that_of_transformers(four: model.Models) -> None:
+    four.bf16.float()
+    prompt = model.random_ids(four.bf16, 2, 9)
+    logits = []
+    for attention in ("sdpa", model.PACKED):
+        four.bf16.set_attn_implementation(attention)
+        decoder = model.Decoder(four.bf16, prompt[:, :-1], compiled=False)
+        decoder.token.copy_(prompt[:, -1:])
+        logits.append(decoder.step())
+    torch.testing.assert_close(*logits)
 
 
 def test_decoding_stays_inside_its_cache() -> None:
