@@ -1,6 +1,7 @@
 """Compile every kernel for GPUs that need not be there; prints a row each. Not for the interpreter: run on its own.
 
-A row: chip, kernel, stages of the compiler that ran, bytes of local memory (spilled registers; "-" where unknown).
+A row: chip, kernel, stages of the compiler that ran, bytes of local memory (spilled registers; "-" where unknown) and
+of shared memory.
 """
 
 import json
@@ -68,22 +69,27 @@ def portable() -> Iterator[tuple[str, str, Any]]:
 
 
 def shipped() -> Iterator[tuple[str, str, Any]]:
-    """The Hopper kernels with every set of options in the table, symmetric and with a bias, as they are launched."""
+    """The Hopper kernels with every set of options in the table, symmetric and with a bias, as they are launched.
+
+    Those that fill the shared memory once more, with narrow groups and zero points.
+    """
     hopper_prefill.processors = hopper_fp8.processors = lambda device: PROCESSORS
     launch.Launcher.__call__ = lambda self, grid, x, args, constants, **options: launches.append(
         (self.kernel, args, constants, options)
     )
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]] = []
     sources = {json.dumps([entry.kernel, entry.options]): entry for entry in hopper.table()}
-    for entry in sources.values():
+    narrow = [(entry, 16) for entry in sources.values() if entry.kernel == "prefill"]  # shared memory is full there
+    for entry, group in [*((entry, 128) for entry in sources.values()), *narrow]:
         x = torch.empty(entry.tokens, entry.columns, dtype=torch.bfloat16)
         words = torch.empty(entry.rows // 16, entry.columns // 64, 128, dtype=torch.int32)
-        scale = torch.empty(entry.columns // 128, entry.rows, dtype=torch.bfloat16)
-        hopper.KERNELS[entry.kernel](x, words, scale, None, scale[0], 128, **entry.options)
+        scale = torch.empty(entry.columns // group, entry.rows, dtype=torch.bfloat16)
+        zero = torch.empty(scale.shape, dtype=torch.int16) if group < 128 else None
+        hopper.KERNELS[entry.kernel](x, words, scale, zero, scale[0], group, **entry.options)
         while launches:
             kernel, args, constants, options = launches.pop()
             name = f"{kernel.__name__.removesuffix('_kernel')} {entry.options}"
-            yield "sm_90", name, compile_launch(kernel, args, constants, options)
+            yield "sm_90", name if zero is None else f"{name}, narrow", compile_launch(kernel, args, constants, options)
 
 
 def compile_launch(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -123,4 +129,5 @@ def local_bytes(compiled: Any) -> str:
 if __name__ == "__main__":
     for compiled_set in (portable(), shipped()):
         for chip, name, compiled in compiled_set:
-            print(f"{chip}\t{name}\t{','.join(sorted(compiled.asm))}\t{local_bytes(compiled)}", flush=True)
+            stages = ",".join(sorted(compiled.asm))
+            print(chip, name, stages, local_bytes(compiled), compiled.metadata.shared, sep="\t", flush=True)

@@ -14,6 +14,8 @@ Tiles that would leave the last wave of programs half empty are split along K (a
 launch adds their sums in a fixed order.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -112,6 +114,15 @@ def prefill_kernel(
 
 
 launch_prefill = Launcher(prefill_kernel)
+SHARED_BYTES = 227 << 10  # of a processor
+OTHER_BYTES = 1024  # barriers, and what the compiler keeps
+
+
+@cache
+def fitting(buffers: int, rows: int, tokens: int, step: int, scales: int, programs: int) -> int:
+    """As many of `buffers` slots as `programs` have room for, each with so many rows of scales and zero points."""
+    slot = step * (128 * tokens + 32 * rows) + scales * 2 * rows
+    return min(buffers, (SHARED_BYTES // programs - 2 * rows * tokens - OTHER_BYTES) // slot)
 
 
 def prefill(
@@ -121,7 +132,8 @@ def prefill(
     """x [M, K] · Ŵᵀ + bias → [M, N] for words [N/16, K/64, 128], scales and zero points [G, N] in kernel order.
 
     A group has `group` columns, a multiple of 16. Tiles have `rows` (128 or 256) rows and `tokens` tokens; those after
-    the last full wave of the GPU are split in `splits`. `programs` share a processor.
+    the last full wave of the GPU are split in `splits`. `programs` share a processor. Narrow groups, whose scales fill
+    the slots, may leave room for fewer than `buffers`.
     """
     outputs = scale.shape[1]
     y = x.new_empty(x.shape[0], outputs)
@@ -130,6 +142,7 @@ def prefill(
     whole = tiles if splits == 1 else tiles // wave * wave
     items = whole + (tiles - whole) * splits
     partial = x.new_empty(max(1, (tiles - whole) * splits * rows * tokens), dtype=torch.float32)
+    buffers = fitting(buffers, rows, tokens, step, scales_in(step, group) * (1 if zero is None else 2), programs)
     scales = rows_box(scale, rows)
     args = (
         tokens_box(x, tokens, step), words_box(words, rows, step), scales,
