@@ -46,7 +46,8 @@ def linear(
     3-D. With `fp8`, x is rounded as `activations` says, where there are enough tokens.
     """
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _product(tokens, Quantized(packed, scale, zero_point), bias, group_size, fp8 and len(tokens) >= FP8_TOKENS)
+    fp8 = fp8 and tokens.shape[0] >= FP8_TOKENS
+    y = _product(tokens, Quantized(packed, scale, zero_point), bias, group_size, fp8)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -99,7 +100,7 @@ def on_hopper(device: torch.device) -> bool:
 
 def _product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size: int, fp8: bool) -> Tensor:
     """The product of x [M, K] by the fastest kernel for its size, type and device."""
-    arranged = matrix.packed.dim() == 3 and len(x) > 0 and x.dtype == matrix.scale.dtype
+    arranged = matrix.packed.dim() == 3 and x.shape[0] > 0 and x.dtype == matrix.scale.dtype
     if fp8 and not (arranged and in_fp8(group_size, matrix)):
         x, fp8 = rounded_to_fp8(x), False
     if arranged:

@@ -8,7 +8,7 @@ launch does the work of three on a taller matrix, and the model's own code stays
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class Kept(NamedTuple):
 
     x: Tensor
     stamp: tuple[int, ...]
-    y: Tensor
+    columns: tuple[Tensor, ...]
     waiting: frozenset[int]
 
 
@@ -44,8 +44,8 @@ class Siblings:
 
     def __init__(self, joint: Int4Linear, rows: Sequence[int], biases: Sequence[Tensor]) -> None:
         self.joint = joint
-        self.rows = tuple(rows)
-        self.starts = (0, *accumulate(rows))
+        self.rows = list(rows)
+        self.others = [frozenset(range(len(rows))) - {index} for index in range(len(rows))]
         self.biases = tuple(biases)
         self.made_of = (*joint.buffers(), *biases)
         self.kept: Kept | None = None
@@ -55,7 +55,7 @@ class Siblings:
         """Those of sibling `index` in the product of `x`; None once it is plain that the siblings share no input."""
         kept, stamp = self.kept, self._stamp(x)
         if kept is not None and kept.x is x and kept.stamp == stamp and index in kept.waiting:
-            y, waiting = kept.y, kept.waiting - {index}
+            columns, waiting = kept.columns, kept.waiting & self.others[index]
         else:
             if kept is not None:
                 self.kept = None
@@ -63,18 +63,18 @@ class Siblings:
                 if self.missed >= PATIENCE:
                     return None
             y = self.joint.product(x, torch.cat(self.biases) if self.biases else None)
-            waiting = frozenset(range(len(self.rows))) - {index}
+            columns, waiting = torch.split_with_sizes(y, self.rows, -1), self.others[index]
         if waiting:
-            self.kept = Kept(x, stamp, y, waiting)
+            self.kept = Kept(x, stamp, columns, waiting)
         else:
             self.kept, self.missed = None, 0
-        return y.narrow(-1, self.starts[index], self.rows[index])
+        return columns[index]
 
     def _stamp(self, x: Tensor) -> tuple[int, ...]:
         """Differs with the thread, from inside to outside of a CUDA graph, and where torch counts a change in place."""
         if torch.compiler.is_compiling():
             return (~torch.ops.int4.changes(x).shape[0],)  # negative: never that of a product made elsewhere
-        versions = (0 if tensor.is_inference() else tensor._version for tensor in (x, *self.made_of))
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in (x, *self.made_of)]
         return threading.get_ident(), x.is_cuda and torch.cuda.is_current_stream_capturing(), *versions
 
 
@@ -102,7 +102,7 @@ class Sibling:
 
     def holds(self, layer: Int4Linear) -> bool:
         """Whether `layer` still has the tensors with which it was joined."""
-        return all(now is then for now, then in zip(_tensors(layer), self.tensors, strict=True))
+        return all(map(is_, _tensors(layer), self.tensors))
 
 
 def join(module: nn.Module, *, gpu_only: bool = False) -> int:

@@ -87,7 +87,7 @@ def batch(
     outputs, rows = scale.shape[1], 16 * warps
     y = x.new_empty(x.shape[0], outputs)
     tiles = ceil_div(outputs, rows) * ceil_div(x.shape[0], tokens)
-    partial = x.new_empty(tiles * splits * rows * tokens if splits > 1 else 1, dtype=torch.float32)
+    partial = x.new_empty(tiles * splits * rows * tokens, dtype=torch.float32) if splits > 1 else y
     args = (
         tokens_box(x, tokens, step), words_box(words, rows, step), scale, words if zero is None else zero,
         box(y, tokens, rows), partial, x if bias is None else bias, x.shape[0], outputs // 8, x.shape[1],

@@ -232,7 +232,7 @@ def decode(
     outputs, columns = scale.shape[1], x.shape[1]
     y = x.new_empty(x.shape[0], outputs)
     programs, width = ceil_div(outputs, rows), max(8, tokens)
-    partial = x.new_empty(programs * splits * rows * width if splits > 1 else 1, dtype=torch.float32)
+    partial = x.new_empty(programs * splits * rows * width, dtype=torch.float32) if splits > 1 else y
     args = (
         tokens_box(x, tokens, step * warps), words_box(words, rows, step * warps), scale,
         words if zero is None else zero, y, partial, x if bias is None else bias, x.shape[0], outputs // 8, columns,
