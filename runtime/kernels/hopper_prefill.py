@@ -119,9 +119,9 @@ OTHER_BYTES = 1024  # barriers, and what the compiler keeps
 
 
 @cache
-def fitting(buffers: int, rows: int, tokens: int, step: int, scales: int, programs: int) -> int:
-    """As many of `buffers` slots as `programs` have room for, each with so many rows of scales and zero points."""
-    slot = step * (128 * tokens + 32 * rows) + scales * 2 * rows
+def fitting(buffers: int, rows: int, tokens: int, step: int, group: int, kinds: int, programs: int) -> int:
+    """As many of `buffers` slots as `programs` have room for, with scales and (if `kinds` is 2) zero points."""
+    slot: int = step * (128 * tokens + 32 * rows) + scales_in(step, group) * 2 * rows * kinds
     return min(buffers, (SHARED_BYTES // programs - 2 * rows * tokens - OTHER_BYTES) // slot)
 
 
@@ -142,11 +142,10 @@ def prefill(
     whole = tiles if splits == 1 else tiles // wave * wave
     items = whole + (tiles - whole) * splits
     partial = x.new_empty(max(1, (tiles - whole) * splits * rows * tokens), dtype=torch.float32)
-    buffers = fitting(buffers, rows, tokens, step, scales_in(step, group) * (1 if zero is None else 2), programs)
-    scales = rows_box(scale, rows)
+    buffers = fitting(buffers, rows, tokens, step, group, 1 if zero is None else 2, programs)
     args = (
-        tokens_box(x, tokens, step), words_box(words, rows, step), scales,
-        scales if zero is None else rows_box(zero, rows), box(y, tokens, rows // 2), partial,
+        tokens_box(x, tokens, step), words_box(words, rows, step), rows_box(scale, rows),
+        words if zero is None else rows_box(zero, rows), box(y, tokens, rows // 2), partial,
         x if bias is None else bias, x.shape[0], outputs, scale.stride(0), words.shape[1], whole, items,
     )  # fmt: skip
     constants = {
