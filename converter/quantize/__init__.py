@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from converter.quantize.absmax import absmax
+from converter.quantize.search import search
 from formats.codec import Quantized
 from formats.layout import Scheme
 
 Method = Callable[[Tensor, Scheme, torch.dtype], Quantized]
 
-METHODS: dict[str, Method] = {"absmax": absmax}
+METHODS: dict[str, Method] = {"absmax": absmax, "search": search}
 DEFAULT_METHOD = "absmax"
+SYMMETRIC_ONLY = frozenset({"search"})

@@ -1,0 +1,124 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import random
+from click.testing import CliRunner
+from torch import Tensor
+
+from converter.cli import command
+from converter.quantize.search import BLOCK_WEIGHTS, RATIOS, search
+from formats import codec
+from formats.errors import NonFiniteError, UsageError
+from formats.layout import CODE_MAX, CODE_MIN, Scheme
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-llama"
+
+
+def loss(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+    """Σ (σ + |w|) · (w − ŵ)² of each group [N, G] in fp64, with codes by the codec."""
+    codes = codec.encode(weight.float(), scale, None, scheme)
+    w = codec.grouped(weight.double(), scheme)
+    values = codec.grouped(codes.double(), scheme) * scale.double().unsqueeze(-1)
+    width = scheme.group_width(weight.shape[1])
+    columns = torch.full((w.shape[1],), width)
+    columns[-1] = weight.shape[1] - width * (w.shape[1] - 1)
+    sigma = (w.square().sum(-1) / columns).sqrt()
+    return ((sigma.unsqueeze(-1) + w.abs()) * (w - values).square()).sum(-1)
+
+
+def signed_max(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """The scale by which the largest weight of each group has code −8."""
+    groups = codec.grouped(weight.float(), scheme)
+    return groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1).div(CODE_MIN).to(dtype)
+
+
+@pytest.mark.parametrize(("rows", "columns", "size"), [(37, 172, -1), (5, 300, 24), (18, 520, 256), (64, 512, 128)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_group_is_worse_than_with_signed_max_or_absmax(
+    rows: int, columns: int, size: int, dtype: torch.dtype
+) -> None:
+    weight, scheme = random(rows, columns, dtype=dtype, seed=rows), Scheme(size)
+    found = loss(weight, search(weight, scheme, dtype).scale, scheme)
+    assert (found <= loss(weight, signed_max(weight, scheme, dtype), scheme) * (1 + 1e-5)).all()
+    assert found.sum() < 0.8 * loss(weight, codec.quantize(weight, scheme, dtype).scale, scheme).sum()
+
+
+def test_the_best_candidate_is_that_of_a_plain_loop() -> None:
+    weight, scheme = random(6, 32, seed=3), Scheme(32)
+    found = search(weight, scheme, torch.bfloat16)
+    for row, scale in zip(weight.double(), found.scale.flatten(), strict=True):
+        importance = row.square().mean().sqrt() + row.abs()
+
+        def error(s: float, row: Tensor = row, importance: Tensor = importance) -> float:
+            codes = (row / s).round().clamp(CODE_MIN, CODE_MAX)
+            return float((importance * (row - codes * s).square()).sum())
+
+        errors = []
+        base = float(row[row.abs().argmax()]) / CODE_MIN
+        for start in [base * sign * ratio for sign in (1, -1) for ratio in RATIOS]:
+            codes = (row / start).round().clamp(CODE_MIN, CODE_MAX)
+            fitted = (importance * row * codes).sum() / (importance * codes.square()).sum()
+            errors.append(error(float(fitted.bfloat16())))
+        assert math.isclose(
+            error(float(scale)), min(*errors, error(float(torch.tensor(base).bfloat16()))), rel_tol=1e-4
+        )
+
+
+def test_codes_are_those_of_the_stored_scales() -> None:
+    weight, scheme = random(16, 300), Scheme(64)
+    found = search(weight, scheme, torch.bfloat16)
+    assert (found.scale < 0).any()
+    assert (found.scale > 0).any()
+    assert torch.equal(found.packed, codec.pack(codec.encode(weight.float(), found.scale, None, scheme)))
+
+
+@pytest.mark.parametrize("size", [1, 1 << 9, 1 << 30])
+def test_the_result_does_not_depend_on_the_blocks(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scheme = random(9, 300), Scheme(64)
+    expected = search(weight, scheme, torch.bfloat16)
+    monkeypatch.setitem(BLOCK_WEIGHTS, "cpu", size)
+    assert torch.equal(search(weight, scheme, torch.bfloat16).scale, expected.scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns", "size"), [(37, 172, -1), (256, 4096, 128), (18, 520, 256)])
+def test_a_gpu_finds_the_same(rows: int, columns: int, size: int) -> None:
+    weight, scheme = random(rows, columns), Scheme(size)
+    expected = search(weight, scheme, torch.bfloat16)
+    found = search(weight.cuda(), scheme, torch.bfloat16)
+    assert torch.equal(found.scale.cpu(), expected.scale)
+    assert torch.equal(found.packed.cpu(), expected.packed)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, -1e-30, 3e38])
+def test_a_scale_is_a_number_and_not_0_at_the_ends_of_the_range(value: float) -> None:
+    weight = torch.full((2, 16), value)
+    weight[1, 8:] = 0
+    found = search(weight, Scheme(8), torch.bfloat16)
+    codec.check_scale(found.scale)
+    if value == 0:
+        assert (found.scale == 1).all()
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    weight = random(4, 16)
+    weight[2, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match="row 2, column 3"):
+        search(weight, Scheme(8), torch.bfloat16)
+
+
+def test_zero_points_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    arguments = [str(EXAMPLE), str(tmp_path / "out"), "--method", "search", "--scheme", "asym"]
+    with pytest.raises(UsageError, match="--scheme sym"):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_the_method(tmp_path: Path) -> None:
+    arguments = [str(EXAMPLE), str(tmp_path / "out"), "--method", "search", "--device", "cpu", "--quiet"]
+    done = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert json.loads(next((tmp_path / "out").glob("*manifest*.json")).read_text())["recipe"]["method"] == "search"
