@@ -99,8 +99,9 @@ def bring_weights(ring, slot, source, step, GROUP: gl.constexpr, HAS_ZERO: gl.co
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // ROWS, ROWS // 8], [gl.num_warps(), 1], [1, 0])
     row = source.row_tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, layout))[None, :]
     column = k * 64 + gl.arange(0, SCALES, gl.SliceLayout(1, layout))[:, None] * (64 * STEP // SCALES)
+    # Past K the last group again: whatever the scale, as long as it is a number, it meets tokens that are 0.
     at = gl.minimum(column, source.K - 1) // GROUP * source.stride + row
-    inside = (row < source.N) & (at >= 0)
+    inside = (row < source.N) & (at >= 0)  # the second gives the mask its shape
     bits: gl.constexpr = gl.pointer_type(gl.uint16)
     gather_to_shared(stretches(ring.scales, slot, BUFFERS), source.scale_ptr.to(bits, bitcast=True) + at, mask=inside)
     if HAS_ZERO:
