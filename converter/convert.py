@@ -8,10 +8,8 @@ import torch
 from converter.output import OutputDir
 from converter.pipeline import convert_shard
 from converter.plan import Plan
-from converter.quantize import DEFAULT_METHOD, SYMMETRIC_ONLY
 from converter.source import Source
 from formats import __version__
-from formats.errors import UsageError
 from formats.layout import Scheme
 from formats.manifest import Manifest, Recipe
 
@@ -19,9 +17,7 @@ CONVERTER = f"int4-convert {__version__}"
 
 
 def make_recipe(scheme: Scheme, method: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> Recipe:
-    """The recipe of this version of the converter; raises `UsageError` for a scheme that the method does not have."""
-    if method in SYMMETRIC_ONLY and not scheme.symmetric:
-        raise UsageError(f"--method {method} has no zero points; take --scheme sym, or --method {DEFAULT_METHOD}")
+    """The recipe of this version of the converter."""
     return Recipe(CONVERTER, method, scheme.group_size, scheme.symmetric, include, exclude)
 
 

@@ -14,4 +14,3 @@ Method = Callable[[Tensor, Scheme, torch.dtype], Quantized]
 
 METHODS: dict[str, Method] = {"absmax": absmax, "search": search}
 DEFAULT_METHOD = "absmax"
-SYMMETRIC_ONLY = frozenset({"search"})
