@@ -66,9 +66,10 @@ def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
 
 
 def as_stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """fp32 magnitudes [N, G] → scales as they are stored: rounded, never zero; 1 where the group is all zeros."""
-    rounded = scale.to(scale_dtype).clamp(min=MIN_SCALE[scale_dtype])
-    return torch.where(scale == 0, torch.ones_like(rounded), rounded)
+    """fp32 scales of either sign as they are stored: rounded, never zero; 1 where they are 0 (groups of zeros)."""
+    rounded = scale.to(scale_dtype)
+    stored = torch.copysign(rounded.abs().clamp(min=MIN_SCALE[scale_dtype]), rounded)
+    return torch.where(scale == 0, torch.ones_like(stored), stored)
 
 
 def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -96,6 +97,12 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -
     return codes.clamp_(CODE_MIN, CODE_MAX).to(torch.int8).flatten(1)[:, : weight.shape[1]]
 
 
+def encoded(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Quantized:
+    """`weight` fp32 [N, K] in the format's tensors, by `encode`."""
+    packed = pack(encode(weight, scale, zero, scheme))
+    return Quantized(packed, scale, None if zero is None else pack_zero_point(zero))
+
+
 def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:
     """Quantise `weight` [N, K] of any floating type with `absmax` scales in `scale_dtype` (bf16 or fp16).
 
@@ -103,9 +110,7 @@ def quantize(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quanti
     """
     check_finite(weight)
     weight = weight.float()
-    scale, zero = absmax(weight, scheme, scale_dtype)
-    packed = pack(encode(weight, scale, zero, scheme))
-    return Quantized(packed, scale, None if zero is None else pack_zero_point(zero))
+    return encoded(weight, *absmax(weight, scheme, scale_dtype), scheme)
 
 
 def dequantize(quantized: Quantized, columns: int, scheme: Scheme, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,7 +9,7 @@ from formats.codec import MIN_SCALE, Quantized, check_finite, pack_zero_point
 from formats.layout import CODES_PER_WORD, Scheme, ceil_div
 
 TILE_WORDS = 512  # words (of 8 weights) that one program holds in registers
-LANE_WORDS = 8
+LANE_WORDS = 8  # of them for each lane of a warp
 MAX_CHUNK_WORDS = 1024  # a longer group is walked in chunks, twice; the second time it comes from the cache
 
 

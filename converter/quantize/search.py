@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from formats.codec import MIN_SCALE, Quantized, absmax, check_finite, encode, grouped, pack, pack_zero_point
+from formats.codec import Quantized, absmax, as_stored, check_finite, encoded, grouped
 from formats.layout import CODE_MAX, CODE_MIN, Scheme
 
 STEPS = 40
@@ -37,10 +37,8 @@ def search(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantize
     parts = zip(torch.split(rows, block), torch.split(columns, block), strict=True)
     found = [_best(part, count, scheme.symmetric, scale_dtype) for part, count in parts]
     scale = torch.cat([scale for scale, _ in found]).to(scale_dtype).view(groups.shape[:2])
-    if scheme.symmetric:
-        return Quantized(pack(encode(weight, scale, None, scheme)), scale, None)
     zero = torch.cat([zero for _, zero in found]).to(torch.int8).view(groups.shape[:2])
-    return Quantized(pack(encode(weight, scale, zero, scheme)), scale, pack_zero_point(zero))
+    return encoded(weight, scale, None if scheme.symmetric else zero, scheme)
 
 
 def _best(w: Tensor, columns: Tensor, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -52,12 +50,12 @@ def _best(w: Tensor, columns: Tensor, symmetric: bool, scale_dtype: torch.dtype)
     weighted = importance * w
     candidates = _signed(w) if symmetric else _ranges(w, scale_dtype)
     first, best_zero = next(candidates)
-    best = _as_stored(first, scale_dtype)
+    best = as_stored(first, scale_dtype).float()
     least = _error(w, importance, best, best_zero)
     for start, zero in candidates:
         levels = _levels(w, start, zero)
         fitted = _sum(weighted * levels) / _sum(importance * levels * levels)
-        scale = _as_stored(torch.where(fitted.isfinite() & (fitted != 0), fitted, first), scale_dtype)
+        scale = as_stored(torch.where(fitted.isfinite() & (fitted != 0), fitted, first), scale_dtype).float()
         error = _error(w, importance, scale, zero)
         better = error < least
         best, best_zero = torch.where(better, scale, best), torch.where(better, zero, best_zero)
@@ -68,7 +66,7 @@ def _best(w: Tensor, columns: Tensor, symmetric: bool, scale_dtype: torch.dtype)
 def _signed(w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Scales of both signs that bring the largest weight near code −8 or 8, without zero points."""
     largest = w.gather(1, w.abs().argmax(1, keepdim=True))
-    base = torch.where(largest == 0, torch.ones_like(largest), largest / CODE_MIN)
+    base = largest / CODE_MIN
     zero = torch.zeros_like(base)
     yield base, zero
     for sign in (1, -1):
@@ -104,10 +102,3 @@ def _sum(x: Tensor) -> Tensor:
         half = x.shape[1] // 2
         x = x[:, :half] + x[:, half:]
     return x
-
-
-def _as_stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Scales as fp32 of the values that `scale_dtype` stores: not 0."""
-    rounded = scale.to(scale_dtype).float()
-    smallest = MIN_SCALE[scale_dtype]
-    return torch.where(rounded.abs() < smallest, torch.copysign(torch.full_like(rounded, smallest), scale), rounded)

@@ -22,6 +22,7 @@ from runtime.kernels.hopper_tiles import (
     range_of,
     reduce_tiles,
     tokens_box,
+    tokens_of,
     words_box,
 )
 from runtime.kernels.launch import Launcher
@@ -37,8 +38,7 @@ def batch_kernel(
 ):  # fmt: skip
     """One program: 16 rows a warp × a tile of tokens × one of SPLITS parts of K."""
     ROWS: gl.constexpr = 16 * num_warps
-    X_BOX: gl.constexpr = x_desc.block_type.shape
-    TOKENS: gl.constexpr = X_BOX[len(X_BOX) - 2]
+    TOKENS: gl.constexpr = tokens_of(x_desc.block_type.shape)
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, TOKENS, 16]
     )

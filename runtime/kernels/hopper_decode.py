@@ -18,7 +18,7 @@ from formats.layout import ceil_div
 from runtime.kernels.copies import reinterpret
 from runtime.kernels.fragments import codes_of, release_successor, shifted_weights_of, weights_of
 from runtime.kernels.hopper_ring import Source, fill, refill, ring_of, stretches, wait_for_step
-from runtime.kernels.hopper_tiles import doublings, range_of, reduce_tiles, tokens_box, words_box
+from runtime.kernels.hopper_tiles import doublings, range_of, reduce_tiles, tokens_box, tokens_of, words_box
 from runtime.kernels.launch import Launcher
 
 TOKENS_VIEW = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
@@ -126,8 +126,7 @@ def multiply(total, ring, slot, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STE
     TOKENS: gl.constexpr = total.shape[2]
     BLOCKS: gl.constexpr = ROWS // 16
     COLUMNS: gl.constexpr = STEP * 64
-    X_BOX: gl.constexpr = ring.x.type.shape
-    BOX: gl.constexpr = X_BOX[len(X_BOX) - 2]
+    BOX: gl.constexpr = tokens_of(ring.x.type.shape)
     DTYPE: gl.constexpr = ring.x.dtype
     mma: gl.constexpr = total.type.layout
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
@@ -178,9 +177,7 @@ def decode_kernel(
 ):  # fmt: skip
     """One program: its rows × all tokens × one of SPLITS parts of K, in steps of STEP blocks a warp."""
     W: gl.constexpr = num_warps
-    X_BOX: gl.constexpr = x_desc.block_type.shape
-    X_TOKENS: gl.constexpr = X_BOX[len(X_BOX) - 2]
-    TOKENS: gl.constexpr = max(8, X_TOKENS)
+    TOKENS: gl.constexpr = max(8, tokens_of(x_desc.block_type.shape))
     ROWS: gl.constexpr = 16 * words_desc.block_type.shape[1]
     ALL: gl.constexpr = STEP * W
     DTYPE: gl.constexpr = x_desc.dtype

@@ -28,14 +28,14 @@ from runtime.kernels.fragments import release_successor
 from runtime.kernels.hopper_producer import Order, Ring, produce, ready_and_free, task_of
 from runtime.kernels.hopper_tiles import (
     box,
-    boxes_of,
     multiply_step,
     processors,
     reduce_tiles,
     rows_box,
     scales_in,
-    several,
+    token_slots,
     tokens_box,
+    tokens_of,
     words_box,
 )
 from runtime.kernels.launch import Launcher
@@ -90,11 +90,11 @@ def prefill_kernel(
 ):  # fmt: skip
     """One program: every num_programs-th of the items."""
     X_BOX: gl.constexpr = x_desc.block_type.shape
-    TOKENS: gl.constexpr = X_BOX[len(X_BOX) - 2]
+    TOKENS: gl.constexpr = tokens_of(X_BOX)
     BLOCKS: gl.constexpr = words_desc.block_type.shape[1]
     ROWS: gl.constexpr = 16 * BLOCKS
     SCALES: gl.constexpr = scales_in(STEP, GROUP)
-    x = gl.allocate_shared_memory(x_desc.dtype, several(BUFFERS * boxes_of(X_BOX, STEP), X_BOX), x_desc.layout)
+    x = gl.allocate_shared_memory(x_desc.dtype, token_slots(X_BOX, STEP, BUFFERS), x_desc.layout)
     words = gl.allocate_shared_memory(gl.int32, [BUFFERS, STEP, BLOCKS, 4, 32], words_desc.layout)
     scales = gl.allocate_shared_memory(gl.uint16, [BUFFERS * SCALES, ROWS], scale_desc.layout)
     zeros = scales

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from runtime.kernels.copies import box_to_shared
 from runtime.kernels.fragments import wait_for_predecessor
-from runtime.kernels.hopper_tiles import bring_tokens, place_of, range_of
+from runtime.kernels.hopper_tiles import bring_tokens, place_of, range_of, tokens_of
 
 
 class Ring(NamedTuple):
@@ -144,8 +144,7 @@ def produce(
     RASTER: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
     """Bring every step of every item of this program as soon as the consumers have left its slot of the ring."""
-    X_BOX: gl.constexpr = ring.x_desc.block_type.shape
-    TOKENS: gl.constexpr = X_BOX[len(X_BOX) - 2]
+    TOKENS: gl.constexpr = tokens_of(ring.x_desc.block_type.shape)
     stride = order.stride
     _, row_tile, first_token, begin, end = task_of(order, gl.program_id(0), ROWS, TOKENS, SPLITS, RASTER, STEP)
     ahead = bring_first_steps(ring, row_tile, first_token, begin, end, stride, GROUP, HAS_ZERO, STEP, BUFFERS)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from runtime.kernels.copies import box_to_shared, gather_to_shared, reinterpret
 from runtime.kernels.fragments import wait_for_predecessor
-from runtime.kernels.hopper_tiles import boxes_of, bring_tokens, scales_in, several
+from runtime.kernels.hopper_tiles import bring_tokens, scales_in, token_slots
 
 ROWS_VIEW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
 STRETCHES_VIEW = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
@@ -56,10 +56,9 @@ class Source(NamedTuple):
 def ring_of(x_desc, words_desc, GROUP: gl.constexpr, HAS_ZERO: gl.constexpr, STEP: gl.constexpr, BUFFERS: gl.constexpr):
     """A ring for steps of STEP blocks."""
     BLOCKS: gl.constexpr = words_desc.block_type.shape[1]
-    BOX: gl.constexpr = x_desc.block_type.shape
     SCALES: gl.constexpr = scales_in(STEP, GROUP)
     words = gl.allocate_shared_memory(gl.int32, [BUFFERS, STEP, BLOCKS, 4, 32], words_desc.layout)
-    x = gl.allocate_shared_memory(x_desc.dtype, several(BUFFERS * boxes_of(BOX, STEP), BOX), x_desc.layout)
+    x = gl.allocate_shared_memory(x_desc.dtype, token_slots(x_desc.block_type.shape, STEP, BUFFERS), x_desc.layout)
     scales = gl.allocate_shared_memory(gl.uint16, [BUFFERS * SCALES, 16 * BLOCKS], ROWS_VIEW)
     zeros = scales
     if HAS_ZERO:

@@ -48,15 +48,15 @@ def scales_in(step, group):
 
 
 @gluon.constexpr_function
-def several(count, shape):
-    """The shape of `count` tensors of `shape`."""
-    return [count, *shape]
+def tokens_of(box):
+    """How many tokens a box [tokens, columns] or [blocks, tokens, 64] has."""
+    return box[len(box) - 2]
 
 
 @gluon.constexpr_function
-def boxes_of(shape, step):
-    """Boxes of tokens of `shape` in a step: one of three dimensions holds all blocks, one of two its columns."""
-    return 1 if len(shape) == 3 else 64 * step // shape[1]
+def token_slots(box, step, buffers):
+    """The shape of the boxes of `buffers` steps: one of three dimensions holds all blocks, one of two its columns."""
+    return [buffers * (1 if len(box) == 3 else 64 * step // box[1]), *box]
 
 
 @gluon.jit

@@ -21,6 +21,7 @@ from timing import copies_for, graph_time
 from formats.layout import Scheme, ceil_div
 from runtime.activations import rounded_to_fp8
 from runtime.kernels.hopper import KERNELS
+from runtime.kernels.hopper_prefill import SHARED_BYTES, fitting
 from runtime.ops import FP8_TOKENS
 from runtime.repack import arrange
 
@@ -28,7 +29,6 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP = 128
 PROCESSORS = 132
 COMPILERS = 16
-SHARED_BYTES = 227 << 10
 SPLITS = (1, 2, 3, 4, 8)
 
 Candidate = tuple[str, dict[str, int]]
@@ -86,8 +86,7 @@ def _prefill(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
                 continue
             tiles = ceil_div(rows, height) * ceil_div(tokens, width)
             for step in {256: (1,), 128: (1, 2)}.get(width, (2, 4)):
-                slot = step * (128 * width + 32 * height + 2 * height)
-                buffers = min(16 // step // programs, (SHARED_BYTES // programs - 2048 - 2 * width * height) // slot)
+                buffers = fitting(16 // step // programs, height, width, step, GROUP, 1, programs)
                 for splits in SPLITS:
                     parts = tiles * splits
                     if buffers < 2 or parts < 80 or (splits > 1 and (
