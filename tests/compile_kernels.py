@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from converter.quantize.kernels import absmax_kernel
-from runtime.kernels import hopper, hopper_fp8, hopper_prefill, launch
+from runtime.kernels import hopper, hopper_choice, hopper_fp8, hopper_prefill, launch
 from runtime.kernels.matmul import matmul_kernel
 from runtime.kernels.splitk import reduce_kernel as splitk_reduce_kernel
 from runtime.kernels.splitk import splitk_kernel
@@ -38,10 +38,11 @@ POINTERS = {
 }  # fmt: skip
 ALIGNED = (*POINTERS, "N", "K", "words", "columns")  # multiples of 16 where shapes are, as Triton finds at a launch
 TILE = {"SYMMETRIC": True, "ONE_SCALE": True, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_K": 128}
+ABSMAX = {"SMALLEST": 2.0**-126, "WHOLE": True}
 PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "absmax": (absmax_kernel, {"SMALLEST": 2.0**-126, "SYMMETRIC": True, "GROUPS": 16, "WORDS": 32, "CHUNKS": 1}),
+    "absmax": (absmax_kernel, {**ABSMAX, "SYMMETRIC": True, "GROUPS": 8, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),
     "absmax asymmetric, chunks": (
-        absmax_kernel, {"SMALLEST": 2.0**-126, "SYMMETRIC": False, "GROUPS": 1, "WORDS": 1024, "CHUNKS": 4}),
+        absmax_kernel, {**ABSMAX, "SYMMETRIC": False, "GROUPS": 1, "LANES": 128, "TURNS": 8, "CHUNKS": 4}),
     "matmul": (matmul_kernel, {**TILE, "HAS_BIAS": True, "BLOCK_N": 128, "BLOCK_M": 128}),
     "matmul, scales inside": (matmul_kernel, {**TILE, "HAS_BIAS": False, "ONE_SCALE": False, "BLOCK_K": 32}),
     "splitk": (splitk_kernel, TILE),
@@ -78,17 +79,18 @@ def shipped() -> Iterator[tuple[str, str, Any]]:
         (self.kernel, args, constants, options)
     )
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]] = []
-    sources = {json.dumps([entry.kernel, entry.options]): entry for entry in hopper.table()}
-    narrow = [(entry, 16) for entry in sources.values() if entry.kernel == "prefill"]  # shared memory is full there
+    sources = {json.dumps([entry.choice.kernel, entry.choice.options]): entry for entry in hopper_choice.table()}
+    narrow = [(entry, 16) for entry in sources.values() if entry.choice.kernel == "prefill"]  # they fill what there is
     for entry, group in [*((entry, 128) for entry in sources.values()), *narrow]:
-        x = torch.empty(entry.tokens, entry.columns, dtype=torch.bfloat16)
-        words = torch.empty(entry.rows // 16, entry.columns // 64, 128, dtype=torch.int32)
-        scale = torch.empty(entry.columns // group, entry.rows, dtype=torch.bfloat16)
+        size, choice = entry.size, entry.choice
+        x = torch.empty(size.tokens, size.columns, dtype=torch.bfloat16)
+        words = torch.empty(size.rows // 16, size.columns // 64, 128, dtype=torch.int32)
+        scale = torch.empty(size.columns // group, size.rows, dtype=torch.bfloat16)
         zero = torch.empty(scale.shape, dtype=torch.int16) if group < 128 else None
-        hopper.KERNELS[entry.kernel](x, words, scale, zero, scale[0], group, **entry.options)
+        hopper.KERNELS[choice.kernel](x, words, scale, zero, scale[0], group, **choice.options)
         while launches:
             kernel, args, constants, options = launches.pop()
-            name = f"{kernel.__name__.removesuffix('_kernel')} {entry.options}"
+            name = f"{kernel.__name__.removesuffix('_kernel')} {choice.options}"
             yield "sm_90", name if zero is None else f"{name}, narrow", compile_launch(kernel, args, constants, options)
 
 
