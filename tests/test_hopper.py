@@ -227,18 +227,3 @@ def test_the_copy_engine_reads_a_siblings_scales_in_place() -> None:
     flat = torch.as_strided(box.base, box.shape, box.strides)
     assert torch.equal(flat[:16].view(torch.int16), whole[0, 16:32].view(torch.int16))
     assert torch.equal(flat[3 * part.stride(0) :].view(torch.int16), whole[3, 16:32].view(torch.int16))
-
-
-def test_the_choice_is_the_entry_of_the_nearest_shape() -> None:
-    entry = next(entry for entry in hopper.table() if (entry.tokens, entry.rows, entry.columns) == (16, 4096, 14336))
-    assert hopper.choose(9, 4096, 14336) == (entry.kernel, entry.options)
-    assert hopper.choose(16, 5000, 12000) == (entry.kernel, entry.options)
-
-
-def test_every_size_has_a_choice_that_the_kernels_take() -> None:
-    for tokens in (1, 2, 8, 9, 16, 17, 33, 65, 129, 513, 3000):
-        for rows, columns in [(8, 8), (64, 64), (2048, 2048), (128256, 4096)]:
-            kernel, options = hopper.choose(tokens, rows, columns)
-            assert kernel in hopper.KERNELS
-            assert options.get("splits", 1) <= max(1, columns // (64 * options.get("step", 1)))
-            assert kernel != "decode" or tokens <= options["tokens"]

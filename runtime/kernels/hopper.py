@@ -1,12 +1,6 @@
-"""The Hopper kernels as one: which matrices they take, and which of them takes a call, by a table made by measuring."""
+"""The Hopper kernels as one: which matrices they take, and a call to the fastest of them."""
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from importlib.resources import files
-from math import log
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +8,16 @@ from torch import Tensor
 from formats.codec import Quantized
 from formats.layout import Scheme
 from runtime.kernels.hopper_batch import batch
+from runtime.kernels.hopper_choice import choose
 from runtime.kernels.hopper_decode import decode
 from runtime.kernels.hopper_fp8 import fp8
 from runtime.kernels.hopper_prefill import prefill
 
 Kernel = Callable[..., Tensor]
 KERNELS: dict[str, Kernel] = {"decode": decode, "batch": batch, "prefill": prefill, "fp8": fp8}
-TABLE_NAME = "hopper_h200.json"  # written by tests/bench/tune.py
 ALIGNMENT = 8  # of rows and columns: the copy engine moves 16 bytes at a time
-BLOCK_COLUMNS, TILE_COLUMNS = 64, 16
+TILE_COLUMNS = 16
 ONE_GROUP = 1 << 30
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The fastest kernel, and its options, for `tokens` or fewer in `activations` × a matrix [rows, columns]."""
-
-    activations: str
-    tokens: int
-    rows: int
-    columns: int
-    kernel: str
-    options: dict[str, int]
 
 
 def takes(rows: int, columns: int, scheme: Scheme, dtype: torch.dtype) -> bool:
@@ -61,29 +43,3 @@ def hopper_product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size
     if bias is not None:
         bias = bias.to(x.dtype)
     return KERNELS[kernel](x, matrix.packed, matrix.scale, matrix.zero_point, bias, group, **options)
-
-
-@lru_cache(maxsize=4096)
-def choose(tokens: int, rows: int, columns: int, activations: str = "bf16") -> tuple[str, dict[str, Any]]:
-    """Kernel and options for x [tokens, columns] and a matrix [rows, columns]: those of the nearest shape in the table.
-
-    Of the entries for at least `tokens`, the smallest; a shape's distance is the ratio of its sides.
-    """
-    entries = [entry for entry in table() if entry.activations == activations]
-    sizes = sorted({entry.tokens for entry in entries})
-    size = next((size for size in sizes if size >= tokens), sizes[-1])
-    near = min(
-        (entry for entry in entries if entry.tokens == size),
-        key=lambda entry: abs(log(entry.rows / rows)) + abs(log(entry.columns / columns)),
-    )
-    options = dict(near.options)
-    if "splits" in options:  # every part of K needs a step
-        options["splits"] = max(1, min(options["splits"], columns // (BLOCK_COLUMNS * options["step"])))
-    return near.kernel, options
-
-
-@cache
-def table() -> tuple[Entry, ...]:
-    """The measured entries."""
-    raw = json.loads((files("runtime.kernels") / TABLE_NAME).read_text())
-    return tuple(Entry(**entry) for entry in raw["entries"])

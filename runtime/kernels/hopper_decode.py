@@ -239,7 +239,7 @@ def decode(
         "GROUP": group, "HAS_BIAS": bias is not None, "HAS_ZERO": zero is not None, "STEP": step, "BUFFERS": buffers,
         "SPLITS": splits, "num_warps": warps,
     }  # fmt: skip
-    launch_decode((programs, splits), x, args, constants)
+    launch_decode((programs, splits), x, args, constants, maxnreg=255)  # else ptxas may spill to fit one more program
     if splits > 1:
         reduce_tiles(partial, bias, y, programs, 0, rows=rows, tokens=width, splits=splits, raster=1)
     return y

@@ -36,7 +36,7 @@ def quantize_tokens_kernel(x_ptr, y_ptr, scale_ptr, eighths, stride, BLOCK: tl.c
     column = tl.arange(0, BLOCK)
     token = tl.program_id(0).to(tl.int64)
     gdc_wait()
-    x = tl.load(x_ptr + token * K + column, mask=column < K, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token * K + column, mask=column < K, other=0.0, eviction_policy="evict_first").to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), 0) * (1 / LARGEST), SMALLEST)
     tl.store(scale_ptr + token, scale)
     y = tl.clamp(x * tl.div_rn(1.0, scale), -LARGEST, LARGEST).to(tl.float8e4nv)
@@ -136,7 +136,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.new_empty(ceil_div(tokens, TILE) * TILE, dtype=torch.float32)[:tokens]  # a tile reads all of its own
     block = triton.next_power_of_2(y.shape[1])
     args = (x, y, scale, columns // 8, y.shape[1] // 64)
-    launch_quantize((tokens,), x, args, {"BLOCK": block}, num_warps=min(16, max(1, block // 512)))
+    launch_quantize((tokens,), x, args, {"BLOCK": block}, num_warps=min(16, max(1, block // 1024)))
     return y, scale
 
 

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from formats.layout import ceil_div
 from runtime.kernels.copies import box_to_global
 from runtime.kernels.fragments import release_successor
+from runtime.kernels.hopper_choice import SHARED_BYTES
 from runtime.kernels.hopper_producer import Order, Ring, produce, ready_and_free, task_of
 from runtime.kernels.hopper_tiles import (
     box,
@@ -114,7 +115,6 @@ def prefill_kernel(
 
 
 launch_prefill = Launcher(prefill_kernel)
-SHARED_BYTES = 227 << 10  # of a processor
 OTHER_BYTES = 1024  # barriers, and what the compiler keeps
 
 

@@ -18,7 +18,7 @@ from timing import copies_for, graph_time
 
 from formats.layout import Scheme
 from runtime.activations import rounded_to_fp8
-from runtime.kernels.hopper import choose
+from runtime.kernels.hopper_choice import choose
 from runtime.linear import Int4Linear
 from runtime.ops import FP8_TOKENS, int4_linear
 
@@ -29,6 +29,7 @@ COLUMNS = {"N x K": 13, "G": 4, "M": 5, "x": 4, "bf16 us": 9, "int4 us": 9, "spe
 
 
 @click.command(help=__doc__)
+@click.option("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES), show_default=True, help="N x K.")
 @click.option("--tokens", default="1,16,64,128,512,2048")
 @click.option("--group-sizes", default="128,256")
 @click.option(
@@ -36,12 +37,12 @@ COLUMNS = {"N x K": 13, "G": 4, "M": 5, "x": 4, "bf16 us": 9, "int4 us": 9, "spe
 )
 @click.option("--activations", default="bf16,fp8", show_default=True, help="fp8 only where there are tokens enough.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the rows to this file too.")
-def main(tokens: str, group_sizes: str, peers_to: int, activations: str, json_file: Path | None) -> None:
+def main(shapes: str, tokens: str, group_sizes: str, peers_to: int, activations: str, json_file: Path | None) -> None:
     """Print a row a shape and number of tokens; exit with 1 if a result is wrong."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16")
     print(tables.line(COLUMNS))
     rows = []
-    for n, k in SHAPES:
+    for n, k in (map(int, shape.split("x")) for shape in shapes.split(",")):
         for group in map(int, group_sizes.split(",")):
             for m in map(int, tokens.split(",")):
                 others = peers.measure(m, n, k, Scheme(group)) if m <= peers_to else {}

@@ -1,5 +1,7 @@
 """Measure every sensible option of the Hopper kernels and write the fastest as the table that the runtime ships.
 
+With what a block of columns takes each of them, the old ones too, for the estimates of `runtime.kernels.hopper_choice`.
+
 Run: PYTHONPATH=.:tests:tests/bench python tests/bench/tune.py TABLE.json [--tokens 1,16] [--activations bf16]
 """
 
@@ -21,7 +23,8 @@ from timing import copies_for, graph_time
 from formats.layout import Scheme, ceil_div
 from runtime.activations import rounded_to_fp8
 from runtime.kernels.hopper import KERNELS
-from runtime.kernels.hopper_prefill import SHARED_BYTES, fitting
+from runtime.kernels.hopper_choice import BLOCK_COLUMNS, LAUNCH_US, SHARED_BYTES, Choice
+from runtime.kernels.hopper_prefill import fitting
 from runtime.ops import FP8_TOKENS
 from runtime.repack import arrange
 
@@ -29,6 +32,7 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP = 128
 PROCESSORS = 132
 COMPILERS = 16
+ROUND_COLUMNS = 8192  # of the matrix that tells the time of a block
 SPLITS = (1, 2, 3, 4, 8)
 
 Candidate = tuple[str, dict[str, int]]
@@ -140,9 +144,9 @@ def best(tokens: int, rows: int, columns: int, activations: str) -> dict[str, An
             "options": found.options}  # fmt: skip
 
 
-def compile_all(sizes: Iterable[Size]) -> None:
-    """Run every candidate once, in several processes: timings then find Triton's cache."""
-    jobs = {(size, kernel, tuple(options.items())) for size in sizes for kernel, options in candidates(*size)}
+def compile_all(trials: Iterable[tuple[Size, Candidate]]) -> None:
+    """Run everything once, in several processes: timings then find Triton's cache."""
+    jobs = {(size, kernel, tuple(options.items())) for size, (kernel, options) in trials}
     order = sorted(jobs, key=lambda job: -job[0][1] * job[0][2])
     kinds = {job[1:]: job for job in order}  # the smallest matrix of a kind
     with ProcessPoolExecutor(COMPILERS, mp_context=get_context("spawn")) as pool:
@@ -157,22 +161,56 @@ def run_once(job: tuple[Size, str, tuple[tuple[str, int], ...]]) -> None:
     KERNELS[kernel](x, matrix.packed, matrix.scale, None, None, GROUP, **dict(options))
 
 
+def full(choice: Choice) -> tuple[Size, Candidate]:
+    """A size that fills a round of programs, and the choice without splits."""
+    rows, tokens = choice.tile
+    size = tokens, choice.programs * rows, ROUND_COLUMNS, "fp8" if choice.kernel == "fp8" else "bf16"
+    return size, (choice.kernel, {name: 1 if name == "splits" else value for name, value in choice.options.items()})
+
+
+def block_us(choice: Choice) -> float:
+    """Microseconds of a block of columns in a round."""
+    (tokens, rows, columns, _), (kernel, options) = full(choice)
+    x, quantized, _ = operands(tokens, rows, columns, Scheme(GROUP), torch.bfloat16, "cuda")
+    matrix = arrange(quantized)
+    copies = [matrix.packed.clone() for _ in range(copies_for(matrix.packed.nbytes))]
+    call = partial(KERNELS[kernel], x, scale=matrix.scale, zero=None, bias=None, group=GROUP, **options)
+    return (graph_time([partial(call, words=copy) for copy in copies]) - LAUNCH_US) * BLOCK_COLUMNS / columns
+
+
 @click.command(help=__doc__)
 @click.argument("table", type=click.Path(path_type=Path))
-@click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True)
+@click.option("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES), show_default=True, help="N x K.")
+@click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help='"" measures the blocks alone.')
 @click.option("--activations", default="bf16,fp8", show_default=True, help="fp8 only where there are tokens enough.")
-def main(table: Path, tokens: str, activations: str) -> None:
+def main(table: Path, shapes: str, tokens: str, activations: str) -> None:
     """Write the table, size by size; entries for other sizes stay."""
-    kinds, counts = activations.split(","), [int(count) for count in tokens.split(",")]
-    sizes = [(count, *shape, kind) for kind in kinds for shape in SHAPES for count in counts
+    kinds, counts = activations.split(","), [int(count) for count in tokens.split(",") if count]
+    matrices = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
+    sizes = [(count, rows, columns, kind) for kind in kinds for rows, columns in matrices for count in counts
              if kind == "bf16" or count >= FP8_TOKENS]  # fmt: skip
     entries = json.loads(table.read_text())["entries"] if table.exists() else []
-    compile_all(sizes)
+    compile_all((size, candidate) for size in sizes for candidate in candidates(*size))
     for size in sizes:
         found = best(*size)
         entries = [entry for entry in entries if size_of(entry) != size] + [found]
-        lines = ",\n".join("  " + json.dumps(entry) for entry in sorted(entries, key=size_of))
-        table.write_text(f'{{"device": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
+        write(table, entries)
+    choices = {kind_of(entry): Choice(entry["kernel"], entry["options"]) for entry in entries}
+    choices = {kind: choice for kind, choice in choices.items() if choice.kernel != "decode"}
+    compile_all(map(full, choices.values()))
+    times = {kind: round(block_us(choice), 4) for kind, choice in choices.items()}
+    write(table, [{**entry, "block_us": times.get(kind_of(entry))} for entry in entries])
+
+
+def write(table: Path, entries: list[dict[str, Any]]) -> None:
+    """The table, an entry a line."""
+    lines = ",\n".join("  " + json.dumps(entry) for entry in sorted(entries, key=size_of))
+    table.write_text(f'{{"device": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
+
+
+def kind_of(entry: dict[str, Any]) -> str:
+    """What entries have in common that differ in splits at most."""
+    return json.dumps([entry["kernel"], {**entry["options"], "splits": 1}])
 
 
 def size_of(entry: dict[str, Any]) -> Size:
