@@ -133,10 +133,10 @@ def publish(path: Path) -> Iterator[NewFile]:
     Raises `OutputError` where the file system refuses; then, as after any other error, `path` is as it was.
     """
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
-    with _writing(path):
-        # Mode 0666: the user's umask decides, as for any file that a program writes.
-        fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
+        with _writing(path):  # in here, because a signal can come as soon as the file is there
+            # Mode 0666: the user's umask decides, as for any file that a program writes.
+            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             yield NewFile(path, fd)
             with _writing(path):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -209,3 +209,16 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_made_anew(
     monkeypatch.setattr(fcntl, "flock", removed_first)
     with lock(tmp_path / "lock"):
         assert (tmp_path / "lock").exists()
+
+
+def test_a_signal_right_after_the_file_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = os.open
+
+    def make_and_stop(*arguments: Any) -> int:
+        os.close(make(*arguments))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(os, "open", make_and_stop)
+    with pytest.raises(SystemExit), publish(tmp_path / "name"):
+        pass
+    assert list(tmp_path.iterdir()) == []
