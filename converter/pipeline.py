@@ -1,7 +1,6 @@
 """The road of a tensor: read → device → quantise → write."""
 
 import hashlib
-import math
 from collections.abc import Callable
 
 import torch
@@ -9,11 +8,12 @@ from torch import Tensor
 
 from converter.output import OutputDir
 from converter.plan import ShardPlan, TensorPlan
+from converter.quality import error_record, sums
 from converter.quantize import METHODS
 from converter.source import Source
-from formats.codec import Quantized, check_finite, dequantize
+from formats.codec import check_finite
 from formats.errors import NonFiniteError
-from formats.layout import CODES_PER_WORD, Scheme, ceil_div, scale_dtype_for
+from formats.layout import CODES_PER_WORD, ceil_div, scale_dtype_for
 from formats.manifest import ErrorRecord, FileRecord, Recipe, TensorRecord
 from formats.tensors import TORCH_DTYPES, bytes_of, tensor_from
 
@@ -51,7 +51,7 @@ def convert_tensor(
     weight = tensor_from(data, plan.spec)
     scale_dtype = TORCH_DTYPES[scale_dtype_for(plan.spec.dtype)]
     stored = {name: bytearray() for name in plan.stored}
-    squares = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(5, dtype=torch.float64)
     for block in _row_blocks(weight):
         block = block.to(device)
         try:
@@ -61,27 +61,19 @@ def convert_tensor(
             raise
         for name, tensor in zip(stored, quantized.tensors(), strict=True):
             stored[name] += bytes_of(tensor)
-        squares += _squared_error(block, quantized, scheme)
-    error, total = squares.tolist()
-    if not math.isfinite(error):
+        total += sums(block, quantized, scheme)
+    if not total.isfinite().all():
         raise NonFiniteError(
             f"tensor {plan.name!r}: weights up to {weight.abs().max().item():.3g} overflow fp32 once they are rounded "
             "to int4; expected smaller ones: repair the source, or keep this tensor with --exclude"
         )
-    # Six digits: the last bits of a sum depend on the device that adds.
-    return stored, ErrorRecord(float(f"{error / total if total else 0.0:.6g}"))
+    return stored, error_record(total, weight.numel())
 
 
 def _row_blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """Blocks of whole rows, a multiple of 8 of them because zero points are packed along the rows."""
     rows = ceil_div(BLOCK_WEIGHTS, weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
     return torch.split(weight, rows)
-
-
-def _squared_error(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
-    """‖W − Ŵ‖² and ‖W‖² as float64 [2] on the host."""
-    difference = weight.float() - dequantize(quantized, weight.shape[1], scheme)
-    return torch.stack([x.double().square().sum() for x in (difference, weight)]).cpu()
 
 
 def _record(plan: TensorPlan, file: str, stored: dict[str, bytearray], error: ErrorRecord | None) -> TensorRecord:

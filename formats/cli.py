@@ -18,9 +18,10 @@ from formats.records import to_json
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--verify", is_flag=True, help="Read every file and check every hash, header, shape and scale.")
+@click.option("--errors", is_flag=True, help="Print how far each quantised matrix is from its source, the worst first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the sizes as JSON.")
 @click.version_option(__version__)
-def command(folder: Path, verify: bool, as_json: bool) -> None:
+def command(folder: Path, verify: bool, errors: bool, as_json: bool) -> None:
     """Describe the int4 checkpoint in FOLDER; exit code 3 says that it is damaged."""
     checkpoint = Checkpoint(folder)
     if verify:
@@ -30,7 +31,7 @@ def command(folder: Path, verify: bool, as_json: bool) -> None:
         fields = {**to_json(manifest), **dataclasses.asdict(manifest.sizes), "verified": verify}
         echo(json.dumps(fields, indent=2))
         return
-    for line in _description(manifest):
+    for line in _description(manifest) + (_errors(manifest) if errors else []):
         echo(printable(line))
     if verify:
         echo(f"verified: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every byte as it was written")
@@ -54,6 +55,13 @@ def _description(manifest: Manifest) -> list[str]:
         names = [row.name for row in kept if row.reason == reason]
         lines.append(f"  {count:4} {reason}: {', '.join(names[:3])}{', …' if count > 3 else ''}")
     return lines
+
+
+def _errors(manifest: Manifest) -> list[str]:
+    rows = [(row.error, row.name) for row in manifest.tensors if row.error]
+    rows.sort(key=lambda row: -row[0].relative_mse)
+    lines = [f"{error.relative_mse:12.4e}{error.cosine:10.6f}{error.clipped:10.4%}  {name}" for error, name in rows]
+    return ["", f"{'relative MSE':>12}{'cosine':>10}{'clipped':>10}  tensor", *lines]
 
 
 def main() -> None:

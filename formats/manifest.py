@@ -58,9 +58,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ErrorRecord:
-    """How far the int4 matrix is from its source: ‖W − Ŵ‖² / ‖W‖²."""
+    """How far the int4 matrix is from its source.
+
+    ‖W − Ŵ‖² / ‖W‖², the cosine of the angle between W and Ŵ, and the share of weights beyond the outermost codes.
+    """
 
     relative_mse: float
+    cosine: float
+    clipped: float
 
 
 @dataclass(frozen=True)

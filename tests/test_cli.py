@@ -160,12 +160,23 @@ def test_inspect_describes_the_checkpoint(call: Call, converted: Path) -> None:
     assert result.code == 0
     for line in (
         "source     tiny-llama",
-        "recipe     absmax, symmetric, groups of 256, by int4-convert ",
+        "recipe     search, symmetric, groups of 256, by int4-convert ",
         "quantised  21 tensors, 4.0",
         "1 embedding: model.embed_tokens.weight",
         "verified: ",
     ):
         assert line in result.out
+
+
+def test_inspect_shows_the_errors_with_the_worst_first(call: Call, converted: Path) -> None:
+    result = call("int4-inspect", converted, "--errors")
+    assert result.code == 0
+    _, table = result.out.split("relative MSE    cosine   clipped  tensor\n")
+    rows = [line.split() for line in table.splitlines()]
+    assert len(rows) == 21
+    figures = [float(row[0]) for row in rows]
+    assert figures == sorted(figures, reverse=True)
+    assert all(0.98 < float(row[1]) <= 1 and row[2].endswith("%") and row[3].endswith(".weight") for row in rows)
 
 
 def test_inspect_json_holds_the_manifest(call: Call, converted: Path) -> None:

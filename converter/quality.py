@@ -1,0 +1,35 @@
+"""How far an int4 matrix is from its source, summed block by block."""
+
+import torch
+from torch import Tensor
+
+from formats.codec import Quantized, dequantize, grouped, unpack_zero_point
+from formats.layout import CODE_MAX, CODE_MIN, Scheme
+from formats.manifest import ErrorRecord
+
+DIGITS = 6  # the last bits of a sum depend on the device that adds
+
+
+def sums(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
+    """Of a block of rows ‖W − Ŵ‖², ‖W‖², ‖Ŵ‖², W · Ŵ and the number of weights beyond codes −8 and 7; float64 [5]."""
+    weight = weight.float()
+    found = dequantize(quantized, weight.shape[1], scheme)
+    squares = [(x.double() * y.double()).sum() for x, y in
+               ((weight - found, weight - found), (weight, weight), (found, found), (weight, found))]  # fmt: skip
+    return torch.stack([*squares, _beyond(weight, quantized, scheme).sum()]).cpu()
+
+
+def _beyond(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
+    """Which weights [N, G, group width] are more than half a step beyond the outermost codes."""
+    codes = grouped(weight, scheme) / quantized.scale.float().unsqueeze(-1)
+    if quantized.zero_point is not None:
+        codes += unpack_zero_point(quantized.zero_point, weight.shape[0]).unsqueeze(-1)
+    return (codes > CODE_MAX + 0.5) | (codes < CODE_MIN - 0.5)
+
+
+def error_record(total: Tensor, weights: int) -> ErrorRecord:
+    """The figures of a matrix of so many weights from the `sums` of all its blocks."""
+    error, before, after, product, beyond = total.tolist()
+    norms = (before * after) ** 0.5
+    figures = (error / before if before else 0.0, product / norms if norms else 1.0, beyond / weights)
+    return ErrorRecord(*(float(f"{figure:.{DIGITS}g}") for figure in figures))
