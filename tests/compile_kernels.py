@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from converter.quantize.kernels import absmax_kernel
+from converter.quantize.kernels import quantize_kernel
 from runtime.kernels import hopper, hopper_choice, hopper_fp8, hopper_prefill, launch
 from runtime.kernels.matmul import matmul_kernel
 from runtime.kernels.splitk import reduce_kernel as splitk_reduce_kernel
@@ -38,11 +38,13 @@ POINTERS = {
 }  # fmt: skip
 ALIGNED = (*POINTERS, "N", "K", "words", "columns")  # multiples of 16 where shapes are, as Triton finds at a launch
 TILE = {"SYMMETRIC": True, "ONE_SCALE": True, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_K": 128}
-ABSMAX = {"SMALLEST": 2.0**-126, "WHOLE": True}
+ABSMAX = {"SEARCH": False, "SMALLEST": 2.0**-126, "WHOLE": True}
 PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "absmax": (absmax_kernel, {**ABSMAX, "SYMMETRIC": True, "GROUPS": 8, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),
+    "absmax": (quantize_kernel, {**ABSMAX, "SYMMETRIC": True, "GROUPS": 8, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),
     "absmax asymmetric, chunks": (
-        absmax_kernel, {**ABSMAX, "SYMMETRIC": False, "GROUPS": 1, "LANES": 128, "TURNS": 8, "CHUNKS": 4}),
+        quantize_kernel, {**ABSMAX, "SYMMETRIC": False, "GROUPS": 1, "LANES": 128, "TURNS": 8, "CHUNKS": 4}),
+    "search": (quantize_kernel, {
+        **ABSMAX, "SEARCH": True, "SYMMETRIC": False, "GROUPS": 32, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),
     "matmul": (matmul_kernel, {**TILE, "HAS_BIAS": True, "BLOCK_N": 128, "BLOCK_M": 128}),
     "matmul, scales inside": (matmul_kernel, {**TILE, "HAS_BIAS": False, "ONE_SCALE": False, "BLOCK_K": 32}),
     "splitk": (splitk_kernel, TILE),

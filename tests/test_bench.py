@@ -19,6 +19,7 @@ import model
 import peers
 import quantize
 import random_checkpoint
+import schemes
 import tables
 import timing
 import tune
@@ -100,7 +101,7 @@ def test_calls_take_turns_and_the_first_round_does_not_count(monkeypatch: pytest
 @pytest.mark.usefixtures("still")
 @pytest.mark.parametrize(("symmetric", "zeros"), [(True, 0), (False, 4 * 4 * 2)])
 def test_quantisation_moves_the_weight_and_what_is_made_of_it(symmetric: bool, zeros: int) -> None:
-    row = quantize.measure_absmax(32, 256, Scheme(128, symmetric), "cpu")
+    row = quantize.measure_method("absmax", 32, 256, Scheme(128, symmetric), "cpu")
     assert row.right
     assert row.nbytes == 32 * 256 * 2 + 32 * 128 + 32 * 2 * 2 + zeros
 
@@ -180,6 +181,21 @@ def test_tiles_of_the_converter_make_right_bits(group: int) -> None:
     trials = list(blocks.quantize_trials(quantize.random_weight(37, 264, "cpu"), Scheme(group)))
     assert len(trials) == 8
     assert all(trial.us == 10 for trial in trials)
+
+
+def test_schemes_measure_what_the_codec_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(schemes.THEIRS, (16, 64), {(8, True): (0.055, 2.0)})
+    rows = list(schemes.measure(16, 64, torch.randn(16, 64, generator=torch.Generator().manual_seed(0))))
+    assert len(rows) == 2 * len(schemes.SCHEMES)
+    eight = {row.method: row for row in rows if row.group == 8}
+    assert eight["search"].mse < eight["absmax"].mse
+    assert eight["search"].compression == 16 / 6
+    assert eight["search"].better
+
+
+@pytest.mark.parametrize(("mae", "compression"), [(0.1, 4.0), (0.09, 3.8)])
+def test_a_scheme_is_not_better_that_loses_as_much_or_is_larger(mae: float, compression: float) -> None:
+    assert not schemes.Row(8, 8, 8, True, "search", mae, 0.0, compression, 0.1, 3.9).better
 
 
 def test_wrong_results_stand_last_without_time() -> None:

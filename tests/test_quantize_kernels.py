@@ -100,7 +100,7 @@ def test_all_programs_are_on_the_one_axis_that_has_no_limit(monkeypatch: pytest.
             grids.append(grid)
             return lambda *arguments, **options: None
 
-    monkeypatch.setattr(kernels, "absmax_kernel", Kernel())
+    monkeypatch.setattr(kernels, "quantize_kernel", Kernel())
     kernels.absmax(random(3, 8 * 70_000), Scheme(8), torch.bfloat16)
     assert grids == [(ceil_div(3 * 70_000, kernels.TILE_WORDS),)]
 

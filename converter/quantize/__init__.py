@@ -13,4 +13,4 @@ from formats.layout import Scheme
 Method = Callable[[Tensor, Scheme, torch.dtype], Quantized]
 
 METHODS: dict[str, Method] = {"absmax": absmax, "search": search}
-DEFAULT_METHOD = "absmax"
+DEFAULT_METHOD = "search"

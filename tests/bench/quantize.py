@@ -1,6 +1,6 @@
 """Speed of the converter's quantisation and of the repacking for Hopper, against the GPU's own copy of bytes.
 
-Every result is checked first: quantisation bit for bit against the codec, repacking by its way back. Bytes are those
+Every result is checked first: quantisation bit for bit against torch, repacking by its way back. Bytes are those
 read plus those written, once each.
 
 Run: PYTHONPATH=.:tests:tests/bench python tests/bench/quantize.py [--group-sizes 128] [--json FILE]
@@ -20,6 +20,7 @@ from timing import alternate, copies_for, graph_time
 from torch import Tensor
 
 from converter.quantize import kernels
+from converter.quantize.search import by_torch
 from formats import codec
 from formats.codec import Quantized
 from formats.layout import Scheme
@@ -28,6 +29,7 @@ from runtime.repack import arrange, restore
 SHAPES = ((8192, 8192), (14336, 4096))
 REPACK_GROUP = 128
 COPIED = 1 << 29  # elements
+METHODS = {"absmax": (kernels.absmax, codec.quantize), "search": (kernels.search, by_torch)}
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,20 @@ def cold(make: Callable[[Tensor], object], operand: Tensor) -> float:
     return graph_time([partial(make, copy) for copy in copies])
 
 
-def measure_absmax(n: int, k: int, scheme: Scheme, device: str) -> Row:
-    """The converter's kernel against the codec on the same device."""
+def measure_method(work: str, n: int, k: int, scheme: Scheme, device: str) -> Row:
+    """A kernel of the converter, `absmax` or `search`, against torch on the same device."""
     weight = random_weight(n, k, device)
-    expected = codec.quantize(weight, scheme, torch.bfloat16)
-    found = kernels.absmax(weight, scheme, torch.bfloat16)
-    us = cold(partial(kernels.launch, scheme=scheme, scale_dtype=torch.bfloat16), weight)
+    kernel, by_torch = METHODS[work]
+    expected = by_torch(weight, scheme, torch.bfloat16)
+    found = kernel(weight, scheme, torch.bfloat16)
+    launch = partial(kernels.launch, scheme=scheme, scale_dtype=torch.bfloat16, search=work == "search")
     calls: dict[str, Callable[[], object]] = {
-        "call_us": partial(kernels.absmax, weight, scheme, torch.bfloat16),
-        "codec_us": partial(codec.quantize, weight, scheme, torch.bfloat16),
+        "call_us": partial(kernel, weight, scheme, torch.bfloat16),
+        "codec_us": partial(by_torch, weight, scheme, torch.bfloat16),
     }
     waiting = {name: round(1e6 * seconds, 1) for name, seconds in alternate(calls).items()}
-    return Row("absmax", n, k, scheme.group_size, scheme.symmetric, round(us, 2), moved(weight, *found.tensors()),
-               same(found, expected), **waiting)  # fmt: skip
+    return Row(work, n, k, scheme.group_size, scheme.symmetric, round(cold(launch, weight), 2),
+               moved(weight, *found.tensors()), same(found, expected), **waiting)  # fmt: skip
 
 
 def measure_repack(n: int, k: int, device: str) -> Iterator[Row]:
@@ -121,7 +124,8 @@ def measure(group_sizes: Sequence[int], device: str) -> Iterator[Row]:
     for n, k in SHAPES:
         for group in group_sizes:
             for symmetric in (True, False):
-                yield measure_absmax(n, k, Scheme(group, symmetric), device)
+                for work in METHODS:
+                    yield measure_method(work, n, k, Scheme(group, symmetric), device)
         yield from measure_repack(n, k, device)
 
 
