@@ -14,9 +14,10 @@ def sums(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
     """Of a block of rows ‖W − Ŵ‖², ‖W‖², ‖Ŵ‖², W · Ŵ and the number of weights beyond codes −8 and 7; float64 [5]."""
     weight = weight.float()
     found = dequantize(quantized, weight.shape[1], scheme)
-    squares = [(x.double() * y.double()).sum() for x, y in
-               ((weight - found, weight - found), (weight, weight), (found, found), (weight, found))]  # fmt: skip
-    return torch.stack([*squares, _beyond(weight, quantized, scheme).sum()]).cpu()
+    beyond = _beyond(weight, quantized, scheme).sum()
+    difference, weight, found = (x.double() for x in (weight - found, weight, found))
+    pairs = (difference, difference), (weight, weight), (found, found), (weight, found)
+    return torch.stack([*((one * other).sum() for one, other in pairs), beyond]).cpu()
 
 
 def _beyond(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:

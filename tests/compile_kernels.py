@@ -26,7 +26,6 @@ from runtime.kernels.splitk import reduce_kernel as splitk_reduce_kernel
 from runtime.kernels.splitk import splitk_kernel
 from runtime.repack import arrange_kernel, restore_kernel
 
-PROCESSORS = 132
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -76,7 +75,7 @@ def shipped() -> Iterator[tuple[str, str, Any]]:
 
     Those that fill the shared memory once more, with narrow groups and zero points.
     """
-    hopper_prefill.processors = hopper_fp8.processors = lambda device: PROCESSORS
+    hopper_prefill.processors = hopper_fp8.processors = lambda device: hopper_choice.PROCESSORS
     launch.Launcher.__call__ = lambda self, grid, x, args, constants, **options: launches.append(
         (self.kernel, args, constants, options)
     )

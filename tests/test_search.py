@@ -8,7 +8,6 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from converter.cli import command
-from converter.quantize import kernels
 from converter.quantize.search import BLOCK_WEIGHTS, search
 from formats import codec
 from formats.errors import NonFiniteError
@@ -105,14 +104,13 @@ def test_a_gpu_finds_the_same(rows: int, columns: int, size: int, symmetric: boo
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("rows", "columns", "size"), [(5, 172, -1), (9, 300, 24), (4, 512, 128), (1, 2100, -1)])
-def test_the_kernel_finds_as_good_scales(rows: int, columns: int, size: int, symmetric: bool) -> None:
-    # The interpreter adds in an order of its own, so that a choice between two as good may fall otherwise.
+def test_the_kernel_finds_the_same(rows: int, columns: int, size: int, symmetric: bool) -> None:
+    kernels = pytest.importorskip("converter.quantize.kernels", reason="Triton is not on this platform")
     weight, scheme = random(rows, columns, dtype=torch.float16), Scheme(size, symmetric)
     expected = search(weight, scheme, torch.float16)
     found = kernels.search(weight, scheme, torch.float16)
-    errors = [error_of(weight, quantized, scheme) for quantized in (expected, found)]
-    assert torch.allclose(*errors, rtol=1e-3)
-    assert (found.scale == expected.scale).double().mean() > 0.9
+    for one, other in zip(expected.tensors(), found.tensors(), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -23,14 +23,13 @@ from timing import copies_for, graph_time
 from formats.layout import Scheme, ceil_div
 from runtime.activations import rounded_to_fp8
 from runtime.kernels.hopper import KERNELS
-from runtime.kernels.hopper_choice import BLOCK_COLUMNS, LAUNCH_US, SHARED_BYTES, Choice
+from runtime.kernels.hopper_choice import BLOCK_COLUMNS, FEW, LAUNCH_US, PROCESSORS, SHARED_BYTES, Choice
 from runtime.kernels.hopper_prefill import fitting
 from runtime.ops import FP8_TOKENS
 from runtime.repack import arrange
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 GROUP = 128
-PROCESSORS = 132
 COMPILERS = 16
 ROUND_COLUMNS = 8192  # of the matrix that tells the time of a block
 SPLITS = (1, 2, 3, 4, 8)
@@ -53,7 +52,7 @@ def candidates(tokens: int, rows: int, columns: int, activations: str = "bf16") 
 
 
 def _decode(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
-    box = next(box for box in (1, 8, 16, 32) if box >= tokens)
+    box = next(box for box in FEW if box >= tokens)
     shapes = [(16, 4, 2), (16, 8, 2), (32, 4, 2), (32, 8, 2), (64, 4, 2)]
     if box < 32:
         shapes += [(16, 8, 4) if box == 1 else (16, 4, 4), (32, 4, 4)]

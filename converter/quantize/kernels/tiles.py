@@ -53,7 +53,7 @@ def reach(tiles, below, above, bad, BOTH: tl.constexpr):
 
 @triton.jit
 def largest(x, GROUPS: tl.constexpr):
-    """Largest of each group's lanes, for each of them [LANES]; none is below 0, and NaN is the largest of all.
+    """Largest of each group's lanes [GROUPS]; none is below 0, and NaN is the largest of all.
 
     By their bits, whose order as integers is that of numbers, infinity and NaN.
     """
