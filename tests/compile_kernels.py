@@ -42,6 +42,9 @@ PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "absmax": (quantize_kernel, {**ABSMAX, "SYMMETRIC": True, "GROUPS": 8, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),
     "absmax asymmetric, chunks": (
         quantize_kernel, {**ABSMAX, "SYMMETRIC": False, "GROUPS": 1, "LANES": 128, "TURNS": 8, "CHUNKS": 4}),
+    "absmax asymmetric, rows of fp32": (
+        quantize_kernel, {**ABSMAX, "SYMMETRIC": False, "GROUPS": 1, "LANES": 128, "TURNS": 8, "CHUNKS": 4,
+                          "groups": 1}),  # a 1 is a constant for Triton
     "search": (quantize_kernel, {
         **ABSMAX, "SEARCH": True, "SYMMETRIC": False, "GROUPS": 32, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),
     "matmul": (matmul_kernel, {**TILE, "HAS_BIAS": True, "BLOCK_N": 128, "BLOCK_M": 128}),
@@ -64,6 +67,8 @@ def portable() -> Iterator[tuple[str, str, Any]]:
     for name, (kernel, constants) in PORTABLE.items():
         signature = {argument: POINTERS.get(argument, "i32") for argument in kernel.arg_names}
         signature |= dict.fromkeys(constants, "constexpr")
+        if name.endswith("fp32"):
+            signature["w_ptr"] = "*fp32"
         options = {"num_warps": 8 if constants.get("BLOCK_M") == 128 else 4}
         for chip, target in TARGETS.items():
             source = ASTSource(kernel, signature, constants, aligned(kernel.arg_names))
@@ -80,7 +85,9 @@ def shipped() -> Iterator[tuple[str, str, Any]]:
         (self.kernel, args, constants, options)
     )
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any], dict[str, Any]]] = []
-    sources = {json.dumps([entry.choice.kernel, entry.choice.options]): entry for entry in hopper_choice.table()}
+    sources = {
+        json.dumps([entry.choice.kernel, entry.choice.options]): entry for entry in hopper_choice.table().entries
+    }
     narrow = [(entry, 16) for entry in sources.values() if entry.choice.kernel == "prefill"]  # they fill what there is
     for entry, group in [*((entry, 128) for entry in sources.values()), *narrow]:
         size, choice = entry.size, entry.choice

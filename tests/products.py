@@ -16,16 +16,12 @@ def operands(
     tokens: int, rows: int, columns: int, scheme: Scheme, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, codec.Quantized, Tensor]:
     """x [M, K], the quantised W [N, K] and a bias [N]."""
-    weight = random(rows, columns, seed=1, dtype=dtype)
+    weight = random(rows, columns, seed=1, dtype=dtype).to(device)
     quantized = codec.quantize(weight, scheme, dtype)
     if scheme.symmetric:
         quantized.scale[::2] *= -1  # the format allows it
-    moved = codec.Quantized(*(None if t is None else t.to(device) for t in vars(quantized).values()))
-    return (
-        (random(tokens, columns, seed=2, dtype=dtype) * 20).to(device),
-        moved,
-        random(rows, seed=3, dtype=dtype).to(device),
-    )
+    x = random(tokens, columns, seed=2, dtype=dtype) * 20
+    return x.to(device), quantized, random(rows, seed=3, dtype=dtype).to(device)
 
 
 def check_product(

@@ -29,6 +29,7 @@ from formats import codec
 from formats.codec import Quantized
 from formats.layout import Scheme
 from runtime.kernels.hopper import KERNELS
+from runtime.kernels.hopper_choice import Table, entry_of
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for a GPU")
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -157,8 +158,31 @@ def test_no_candidate_is_tried_twice(tokens: int, shape: tuple[int, int]) -> Non
 
 
 def test_the_fastest_is_right() -> None:
-    tried = [tune.Trial("a", {}, None), tune.Trial("b", {}, 3.0), tune.Trial("c", {}, 2.0)]
-    assert tune.fastest(tried).kernel == "c"
+    tried = [{"kernel": "a", "us": None}, {"kernel": "b", "us": 3.0}, {"kernel": "c", "us": 2.0}]
+    assert tune.fastest(tried)["kernel"] == "c"
+
+
+def test_a_fit_has_no_term_below_0() -> None:
+    a, b = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]]), torch.tensor([4.0, 6.0, 8.0])
+    assert torch.allclose(tune.nonnegative(a, b), torch.tensor([2.0, 2.0]), atol=1e-3)
+    assert torch.allclose(tune.nonnegative(a, b - 4), torch.tensor([0.0, 16 / 14]), atol=1e-3)
+
+
+def test_a_table_estimates_the_times_that_it_was_made_of(tmp_path: Path) -> None:
+    """Of two kinds, one of which wins nowhere."""
+    options = {"tokens": 64, "splits": 1, "raster": 8, "step": 4, "buffers": 2}
+    rows = []
+    for columns in (2048, 4096, 8192):
+        for warps, us in ((4, 1), (8, 9)):
+            trial = tune.Trial("batch", {"warps": warps, **options}, 2 + us * columns / 256)
+            rows.append(tune.row_of((64, 64 * 132, columns, "bf16"), trial))
+    tune.write(tmp_path / "table.json", rows)
+    raw = json.loads((tmp_path / "table.json").read_text())
+    table = Table(tuple(map(entry_of, raw["entries"])), raw["us"])
+    assert {entry.choice.options["warps"] for entry in table.entries} == {4}
+    for entry in table.entries:
+        assert table.estimate(entry.size, entry.choice) == pytest.approx(2 + entry.size.columns / 256, rel=1e-3)
+    assert not any("warps=8" in name for name in table.us)
 
 
 @cpu_only

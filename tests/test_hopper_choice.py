@@ -1,7 +1,7 @@
 import pytest
 
 from runtime.kernels import hopper_choice
-from runtime.kernels.hopper_choice import Choice, Entry, Size, bucket, choose
+from runtime.kernels.hopper_choice import Choice, Entry, Size, Table, bucket, choose
 
 KERNELS = {"decode", "batch", "prefill", "fp8"}
 DECODE = Choice("decode", {"rows": 32, "tokens": 8, "warps": 4, "splits": 2, "step": 2, "buffers": 2})
@@ -12,7 +12,7 @@ PREFILL = Choice(
 
 
 def test_a_measured_size_has_its_own_choice() -> None:
-    for entry in hopper_choice.table():
+    for entry in hopper_choice.table().entries:
         size = entry.size
         found = choose(size.tokens, size.rows, size.columns, size.activations)
         assert found == (entry.choice.kernel, entry.choice.options)
@@ -49,45 +49,73 @@ def test_every_part_of_k_has_a_step() -> None:
     assert not DECODE.takes(Size("bf16", 8, 64, 2 * 2 * 4 * 64 - 8))
 
 
-def test_a_round_has_as_many_programs_as_run_at_once() -> None:
+def test_decode_does_not_wait_for_each_of_many_steps() -> None:
+    single = Choice("decode", {**DECODE.options, "splits": 1, "buffers": 1})
+    assert single.takes(Size("bf16", 8, 64, 2 * 4 * 64))
+    assert not single.takes(Size("bf16", 8, 64, 2 * 2 * 4 * 64))
+
+
+def test_a_processor_runs_the_programs_that_it_has_room_for() -> None:
     slot = 2 * (64 * 128 + 64 * 34)  # bytes of two blocks of tokens, and of words and scales
-    assert BATCH.programs == 132 * (227 * 1024 // (3 * slot))
-    assert PREFILL.programs == 132
+    assert BATCH.programs == 227 * 1024 // (3 * slot)
+    assert PREFILL.programs == 1
+    small = Choice("decode", {**DECODE.options, "rows": 16, "tokens": 1})
+    assert small.programs == 32 // 4  # by its registers
+
+
+def test_kinds_differ_in_more_than_parts_of_k_and_the_order_of_tiles() -> None:
+    other = Choice("batch", {**BATCH.options, "splits": 4, "raster": 16})
+    assert other.kind == BATCH.kind
+    assert other.kind != Choice("batch", {**BATCH.options, "warps": 8}).kind
+
+
+def times_of(choice: Choice, size: Size) -> dict[str, float]:
+    """The terms without the name of the kind."""
+    return {name.removeprefix(choice.kind).removeprefix(choice.kernel).strip(): count
+            for name, count in choice.terms(size).items()}  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "rounds"), [(128, 1), (128 * 132, 1), (128 * 133, 2), (128 * 264, 2)])
-def test_an_estimate_counts_rounds(rows: int, rounds: int) -> None:
-    assert PREFILL.estimate(Size("bf16", 256, rows, 6400), 0.5) == 2.5 + rounds * 50
+def test_every_round_of_programs_takes_all_steps(rows: int, rounds: int) -> None:
+    found = times_of(PREFILL, Size("bf16", 256, rows, 6400))
+    assert found == {"start": 1, "round": rounds - 1, "wait": rounds * 100, "busy": rounds * 100}
 
 
 def test_prefill_splits_the_tiles_of_the_last_round_only() -> None:
     halves = Choice("prefill", {**PREFILL.options, "splits": 2})
-    sums = 8 * 2 * 128 * 256 / 4e6
-    assert halves.estimate(Size("bf16", 256, 128 * 133, 6400), 0.5) == pytest.approx(2.5 + 75 + 1.5 + sums)
+    found = times_of(halves, Size("bf16", 256, 128 * 133, 6400))
+    assert found["wait"] == found["busy"] == 150
+    assert found["split"] == 2
+    assert found["MiB to add up"] == 2 * 128 * 256 * 4 / 2**20
+
+
+def test_a_processor_is_busy_for_each_of_its_programs() -> None:
+    programs = BATCH.programs
+    assert programs > 2
+    full = times_of(BATCH, Size("bf16", 64, 64 * 132 * programs, 6400))
+    assert (full["wait"], full["busy"]) == (50, 50 * programs)
+    more = times_of(BATCH, Size("bf16", 64, 64 * 132 * (programs + 2), 6400))
+    assert (more["wait"], more["busy"]) == (100, 50 * (programs + 2))
 
 
 def test_a_step_is_taken_whole() -> None:
-    assert BATCH.estimate(Size("bf16", 64, 64, 9 * 64), 0.5) == 2.5 + 10 * 0.5
-
-
-def test_decode_takes_as_long_as_its_bytes() -> None:
-    one = Choice("decode", {**DECODE.options, "splits": 1})
-    us = 1000 * 128 * (32 * 32 / 4.4e6 + 128 * 8 / 7.9e6)
-    assert one.estimate(Size("bf16", 8, 32_000, 8192), None) == pytest.approx(2.5 + us)
-
-
-def test_few_programs_of_decode_wait_for_each_step() -> None:
-    # 128 blocks, 2 a warp and step: 16 steps, of which 2 are on their way. Or two parts, whose sums are added.
-    one = Choice("decode", {**DECODE.options, "splits": 1})
-    assert one.estimate(Size("bf16", 8, 64, 8192), None) == pytest.approx(2.5 + 16 * 1.2)
-    assert DECODE.estimate(Size("bf16", 8, 64, 8192), None) == pytest.approx(2.5 + 8 * 1.2 + 0.5)
+    assert times_of(BATCH, Size("bf16", 64, 64, 9 * 64))["wait"] == 5
 
 
 def test_the_least_estimate_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     size = Size("bf16", 256, 128 * 144, 8192)
-    slow = Entry(Size("bf16", 256, 64, 64), BATCH, 50.0)
-    monkeypatch.setattr(hopper_choice, "table", lambda: (slow, Entry(Size("bf16", 512, 64, 64), PREFILL, 0.6)))
+    choices = [*BATCH.with_splits(), *PREFILL.with_splits()]
+    us = dict.fromkeys((name for choice in choices for name in choice.terms(size)), 0.1)
+    us |= {f"{BATCH.kind} wait": 50.0}
+    table = Table((Entry(Size("bf16", 256, 64, 64), BATCH), Entry(Size("bf16", 512, 64, 64), PREFILL)), us)
+    monkeypatch.setattr(hopper_choice, "table", lambda: table)
     found = hopper_choice._choose.__wrapped__(size)
     assert found.kernel == "prefill"
     assert found.splits > 1  # 12 tiles more than a round
-    assert found.estimate(size, 0.6) == min(one.estimate(size, 0.6) for one in PREFILL.with_splits())
+    assert table.estimate(size, found) == min(table.estimate(size, one) for one in choices)
+
+
+def test_every_choice_can_be_estimated() -> None:
+    table, size = hopper_choice.table(), Size("bf16", 64, 6000, 6000)
+    for entry in table.entries:
+        assert all(table.estimate(size, one) > 0 for one in entry.choice.with_splits())

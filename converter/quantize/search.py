@@ -77,7 +77,8 @@ def _best(w: Tensor, columns: Tensor, symmetric: bool, scale_dtype: torch.dtype)
     So many `columns` [B, 1] of each group count, the rest is 0.
     """
     total = summer(w.shape[1])
-    importance = (total(w * w) / columns).sqrt() + w.abs()
+    # By fp64, because torch's square root in fp32 is not always the nearest number (AVX-512).
+    importance = (total(w * w) / columns).double().sqrt().float() + w.abs()
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:
         difference = _levels(w, scale, zero).mul_(scale).sub_(w)

@@ -1,9 +1,8 @@
 """Which Hopper kernel takes a call, and with which options: by a table of measured sizes, and estimates between them.
 
-`hopper_h200.json`, written by tests/bench/tune.py, has the fastest choices of a few sizes, and how long a block of
-columns takes them when their programs fill the GPU. For any other size that tells how long they would take: the time
-of a block, times the blocks, times the rounds in which so many programs run. Decode takes what its bytes take, or, with
-few programs, what it has to wait for them.
+`hopper_h200.json`, written by tests/bench/tune.py, has the fastest choices of the measured sizes, and microseconds by
+which to estimate any other: an estimate is a sum of `terms`, each so many times what the table has for its name. Those
+were fitted to every time that the tuner took.
 """
 
 import json
@@ -19,10 +18,8 @@ TABLE_NAME = "hopper_h200.json"
 BLOCK_COLUMNS = 64
 PROCESSORS, SHARED_BYTES = 132, 227 << 10  # of the GPU that the table was measured on
 FEW = (1, 8, 16, 32)  # tokens that decode has kernels for
-SPLITS = (1, 2, 3, 4, 6, 8)
-LAUNCH_US, SUM_US, SUM_BYTES_PER_US = 2.5, 1.5, 4e6  # besides the rounds; to add up split tiles, and by their bytes
-WORD_BYTES_PER_US, TOKEN_BYTES_PER_US = 4.4e6, 7.9e6  # decode's, from memory and from the cache
-WAIT_US, DECODE_SUM_US = 2.4, 0.5  # from asking for a step of decode to its end; the small sums of its parts
+SPLITS = (1, 2, 3, 4, 8)
+DECODE_SPLITS, DECODE_WARPS = (1, 2), 32  # warps whose registers a processor has
 
 
 @dataclass(frozen=True)
@@ -59,52 +56,80 @@ class Choice:
         return self.options.get("step", 2) * (self.options["warps"] if self.kernel == "decode" else 1)
 
     @property
+    def kind(self) -> str:
+        """What choices have in common that differ in nothing but the parts of K and the order of tiles."""
+        options = (f"{name}={value}" for name, value in self.options.items() if name not in ("splits", "raster"))
+        return " ".join((self.kernel, *options))
+
+    @property
     def programs(self) -> int:
-        """How many programs make a round: as many as the GPU runs at once."""
-        if self.kernel == "batch":
-            rows, tokens = self.tile
-            slot = self.step_blocks * (128 * tokens + 34 * rows)
-            return PROCESSORS * max(1, SHARED_BYTES // (self.options["buffers"] * slot))
-        return PROCESSORS * self.options.get("programs", 1)
+        """How many programs a processor runs at once."""
+        if self.kernel not in ("decode", "batch"):
+            return self.options.get("programs", 1)
+        rows, tokens = self.tile
+        slot = self.step_blocks * (128 * tokens + 34 * rows)
+        fit = max(1, SHARED_BYTES // (self.options["buffers"] * slot))
+        return min(fit, DECODE_WARPS // self.options["warps"]) if self.kernel == "decode" else fit
 
     def with_splits(self) -> Iterator["Choice"]:
         """This choice with every number of splits."""
         if "splits" not in self.options:
             yield self
             return
-        for splits in SPLITS:
+        for splits in DECODE_SPLITS if self.kernel == "decode" else SPLITS:
             yield replace(self, options={**self.options, "splits": splits})
 
     def takes(self, size: Size) -> bool:
-        """Whether it can run the size, with a step at least for every part of K."""
-        enough = self.splits == 1 or size.columns >= BLOCK_COLUMNS * self.splits * self.step_blocks
-        return enough and (self.kernel != "decode" or size.tokens <= self.options["tokens"])
+        """Whether it can run the size, with a step at least for every part of K; decode with no wait for each step."""
+        steps = size.columns // (BLOCK_COLUMNS * self.step_blocks * self.splits)
+        if self.splits > 1 and not steps:
+            return False
+        fits = size.tokens <= self.options["tokens"] and min(steps, 2) <= self.options["buffers"]
+        return fits or self.kernel != "decode"
 
-    def estimate(self, size: Size, block_us: float | None) -> float:
-        """Microseconds that the size takes, at `block_us` a round and block of columns."""
+    def terms(self, size: Size) -> dict[str, float]:
+        """How often each of the table's microseconds is in the time of a size.
+
+        Programs run in rounds, as many at once as the GPU holds. A step of a round takes what its kind has to wait for
+        it, and what it keeps a processor busy for each program there. Prefill splits only the tiles of its last round.
+        """
         rows, tokens = self.tile
-        blocks = ceil_div(size.columns, BLOCK_COLUMNS)
+        steps = ceil_div(ceil_div(size.columns, BLOCK_COLUMNS), self.step_blocks)
         tiles = ceil_div(size.rows, rows) * ceil_div(size.tokens, tokens)
-        if block_us is None:
-            came = tiles * blocks * (32 * rows / WORD_BYTES_PER_US + 128 * tokens / TOKEN_BYTES_PER_US)
-            waited = ceil_div(blocks, self.step_blocks * self.splits) * WAIT_US / self.options["buffers"]
-            return LAUNCH_US + max(came, waited) + (DECODE_SUM_US if self.splits > 1 else 0)
-        whole = tiles // self.programs if self.kernel == "prefill" else 0  # rounds of tiles that prefill does not split
-        parts = (tiles - whole * self.programs) * self.splits
-        rounds = whole + ceil_div(parts, self.programs) / self.splits
-        us = LAUNCH_US + rounds * ceil_div(blocks, self.step_blocks) * self.step_blocks * block_us
+        at_once = PROCESSORS * self.programs
+        whole = tiles // at_once if self.kernel == "prefill" else 0
+        parts = (tiles - whole * at_once) * self.splits
+        part_steps = ceil_div(steps, self.splits)
+        full, rest = divmod(parts, at_once)
+        last = ceil_div(rest, PROCESSORS)
+        waits = whole * steps + (full + (rest > 0)) * part_steps
+        busy = self.programs * (whole * steps + full * part_steps) + last * part_steps
+        terms = {f"{self.kernel} start": 1.0, f"{self.kernel} round": whole + full + (rest > 0) - 1,
+                 f"{self.kind} wait": waits, f"{self.kind} busy": busy}  # fmt: skip
         if parts and self.splits > 1:
-            us += SUM_US + 8 * parts * rows * tokens / SUM_BYTES_PER_US
-        return us
+            terms[f"{self.kernel} split"] = self.splits
+            terms["MiB to add up"] = parts * rows * tokens / (1 << 18)
+        return terms
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The fastest choice for a size, and microseconds of a block of columns in each of its rounds; decode has none."""
+    """The fastest choice for a size."""
 
     size: Size
     choice: Choice
-    block_us: float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured: choices for sizes, and the microseconds of `Choice.terms`."""
+
+    entries: tuple[Entry, ...]
+    us: dict[str, float]
+
+    def estimate(self, size: Size, choice: Choice) -> float:
+        """Microseconds that the choice takes for the size."""
+        return sum(count * self.us[name] for name, count in choice.terms(size).items())
 
 
 def choose(tokens: int, rows: int, columns: int, activations: str = "bf16") -> tuple[str, dict[str, Any]]:
@@ -124,23 +149,23 @@ def bucket(tokens: int) -> int:
 @lru_cache(maxsize=4096)
 def _choose(size: Size) -> Choice:
     """The table's, or else the one of the least estimate."""
-    entries = [entry for entry in table() if entry.size.activations == size.activations]
-    measured = [entry.choice for entry in entries if entry.size == size]
-    if measured:
-        return measured[0]
-    choices = [(choice, entry.block_us) for entry in entries for choice in entry.choice.with_splits()]
-    return min((one for one in choices if one[0].takes(size)), key=lambda one: one[0].estimate(size, one[1]))[0]
+    measured = table()
+    entries = [entry for entry in measured.entries if entry.size.activations == size.activations]
+    same = [entry.choice for entry in entries if entry.size == size]
+    if same:
+        return same[0]
+    choices = (choice for entry in entries for choice in entry.choice.with_splits())
+    return min((one for one in choices if one.takes(size)), key=lambda one: measured.estimate(size, one))
 
 
 @cache
-def table() -> tuple[Entry, ...]:
-    """The measured entries."""
+def table() -> Table:
+    """The shipped table."""
     raw = json.loads((files("runtime.kernels") / TABLE_NAME).read_text())
-    return tuple(
-        Entry(
-            Size(row["activations"], row["tokens"], row["rows"], row["columns"]),
-            Choice(row["kernel"], row["options"]),
-            row["block_us"],
-        )
-        for row in raw["entries"]
-    )
+    return Table(tuple(map(entry_of, raw["entries"])), raw["us"])
+
+
+def entry_of(row: dict[str, Any]) -> Entry:
+    """A row of the file."""
+    size = Size(row["activations"], row["tokens"], row["rows"], row["columns"])
+    return Entry(size, Choice(row["kernel"], row["options"]))

@@ -22,7 +22,7 @@ from products import operands, relative_error
 from quantize import cold, moved, random_weight, same
 from timing import copies_for, graph_time
 from torch import Tensor
-from tune import GROUP, Candidate, Trial, compile_all, trials
+from tune import GROUP, Candidate, Trial, candidates, compile_all, trials
 
 from converter.quantize import kernels
 from formats import codec
@@ -115,12 +115,13 @@ def quantize_trials(weight: Tensor, scheme: Scheme) -> Iterator[Trial]:
 def measure(kinds: Collection[str], shapes: list[tuple[int, int]], tokens: list[int]) -> Iterator[Table]:
     """Every table of the kinds of kernels that are asked for."""
     if "hopper" in kinds:
-        compile_all((m, n, k, "bf16") for n, k in shapes for m in tokens)
+        sizes = [(m, n, k, "bf16") for n, k in shapes for m in tokens]
+        compile_all((size, candidate) for size in sizes for candidate in candidates(*size))
     for n, k in shapes:
         for m in tokens:
             nbytes = int4_bytes(m, n, k, GROUP)
             if "hopper" in kinds:
-                yield table(n, k, m, GROUP, nbytes, trials(m, n, k))
+                yield table(n, k, m, GROUP, nbytes, trials((m, n, k, "bf16"), candidates(m, n, k)))
             if "portable" in kinds:
                 yield table(n, k, m, GROUP, nbytes, portable_trials(m, n, k))
         if "quantize" in kinds:

@@ -1,6 +1,6 @@
-"""Measure every sensible option of the Hopper kernels and write the fastest as the table that the runtime ships.
+"""Measure every sensible option of the Hopper kernels and write the table by which the runtime chooses.
 
-With what a block of columns takes each of them, the old ones too, for the estimates of `runtime.kernels.hopper_choice`.
+Every time taken is kept in a file beside the table: a run that was cut off goes on where it stopped.
 
 Run: PYTHONPATH=.:tests:tests/bench python tests/bench/tune.py TABLE.json [--tokens 1,16] [--activations bf16]
 """
@@ -19,20 +19,21 @@ import torch
 from matmul import MAX_ERROR, SHAPES
 from products import distance, exact_product, operands
 from timing import copies_for, graph_time
+from torch import Tensor
 
 from formats.layout import Scheme, ceil_div
 from runtime.activations import rounded_to_fp8
 from runtime.kernels.hopper import KERNELS
-from runtime.kernels.hopper_choice import BLOCK_COLUMNS, FEW, LAUNCH_US, PROCESSORS, SHARED_BYTES, Choice
+from runtime.kernels.hopper_choice import FEW, PROCESSORS, SHARED_BYTES, SPLITS, Entry, entry_of
 from runtime.kernels.hopper_prefill import fitting
 from runtime.ops import FP8_TOKENS
 from runtime.repack import arrange
 
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+LAYERS = ((4096, 4096), (6144, 4096), (28672, 4096), (3072, 2048), (16384, 2048))  # of Llamas with 8B and 1B, joined
+TOKENS = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 GROUP = 128
 COMPILERS = 16
-ROUND_COLUMNS = 8192  # of the matrix that tells the time of a block
-SPLITS = (1, 2, 3, 4, 8)
+SWEEPS = 1000  # of the fit's descent
 
 Candidate = tuple[str, dict[str, int]]
 Size = tuple[int, int, int, str]  # tokens, rows, columns, activations
@@ -91,9 +92,9 @@ def _prefill(tokens: int, rows: int, columns: int) -> Iterator[Candidate]:
             for step in {256: (1,), 128: (1, 2)}.get(width, (2, 4)):
                 buffers = fitting(16 // step // programs, height, width, step, GROUP, 1, programs)
                 for splits in SPLITS:
-                    parts = tiles * splits
-                    if buffers < 2 or parts < 80 or (splits > 1 and (
-                        tiles % PROCESSORS == 0 or parts > 300 * programs or columns // 64 < 2 * step * splits
+                    last = tiles % (PROCESSORS * programs) * splits  # programs of the last round's tiles
+                    if buffers < 2 or tiles * splits < 80 or (splits > 1 and (
+                        not 0 < last <= 300 * programs or columns // 64 < 2 * step * splits
                     )):  # fmt: skip
                         continue
                     for raster in (4, 16) if tokens >= 1024 else (8,):
@@ -115,32 +116,19 @@ class Trial:
     us: float | None
 
 
-def trials(tokens: int, rows: int, columns: int, activations: str = "bf16") -> Iterator[Trial]:
-    """Every candidate, checked and timed."""
+def trials(size: Size, tried: Iterable[Candidate]) -> Iterator[Trial]:
+    """Every candidate that is to be tried, checked and timed."""
+    tokens, rows, columns, activations = size
     scheme = Scheme(GROUP)
     x, quantized, _ = operands(tokens, rows, columns, scheme, torch.bfloat16, "cuda")
     exact = exact_product(rounded_to_fp8(x) if activations == "fp8" else x, quantized, None, scheme)
     matrix = arrange(quantized)
     copies = [matrix.packed.clone() for _ in range(copies_for(matrix.packed.nbytes))]
-    for kernel, options in candidates(tokens, rows, columns, activations):
+    for kernel, options in tried:
         call = partial(KERNELS[kernel], x, scale=matrix.scale, zero=None, bias=None, group=GROUP, **options)
         right = distance(call(words=matrix.packed), exact) <= MAX_ERROR
         us = graph_time([partial(call, words=copy) for copy in copies]) if right else None
         yield Trial(kernel, options, us)
-
-
-def fastest(tried: Iterable[Trial]) -> Trial:
-    """The fastest whose result was right."""
-    return min((trial for trial in tried if trial.us is not None), key=lambda trial: trial.us or 0)
-
-
-def best(tokens: int, rows: int, columns: int, activations: str) -> dict[str, Any]:
-    """The fastest candidate, as an entry of the table."""
-    found = fastest(trials(tokens, rows, columns, activations))
-    size = f"{rows:>6}x{columns:<6} {tokens:>5} {activations}"
-    print(f"{size} {found.us:>8.1f} us  {found.kernel} {found.options}", flush=True)
-    return {"activations": activations, "tokens": tokens, "rows": rows, "columns": columns, "kernel": found.kernel,
-            "options": found.options}  # fmt: skip
 
 
 def compile_all(trials: Iterable[tuple[Size, Candidate]]) -> None:
@@ -160,61 +148,78 @@ def run_once(job: tuple[Size, str, tuple[tuple[str, int], ...]]) -> None:
     KERNELS[kernel](x, matrix.packed, matrix.scale, None, None, GROUP, **dict(options))
 
 
-def full(choice: Choice) -> tuple[Size, Candidate]:
-    """A size that fills a round of programs, and the choice without splits."""
-    rows, tokens = choice.tile
-    size = tokens, choice.programs * rows, ROUND_COLUMNS, "fp8" if choice.kernel == "fp8" else "bf16"
-    return size, (choice.kernel, {name: 1 if name == "splits" else value for name, value in choice.options.items()})
-
-
-def block_us(choice: Choice) -> float:
-    """Microseconds of a block of columns in a round."""
-    (tokens, rows, columns, _), (kernel, options) = full(choice)
-    x, quantized, _ = operands(tokens, rows, columns, Scheme(GROUP), torch.bfloat16, "cuda")
-    matrix = arrange(quantized)
-    copies = [matrix.packed.clone() for _ in range(copies_for(matrix.packed.nbytes))]
-    call = partial(KERNELS[kernel], x, scale=matrix.scale, zero=None, bias=None, group=GROUP, **options)
-    return (graph_time([partial(call, words=copy) for copy in copies]) - LAUNCH_US) * BLOCK_COLUMNS / columns
-
-
 @click.command(help=__doc__)
 @click.argument("table", type=click.Path(path_type=Path))
-@click.option("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES), show_default=True, help="N x K.")
-@click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True, help='"" measures the blocks alone.')
+@click.option("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES + LAYERS), show_default=True, help="N x K.")
+@click.option("--tokens", default=",".join(map(str, TOKENS)), show_default=True)
 @click.option("--activations", default="bf16,fp8", show_default=True, help="fp8 only where there are tokens enough.")
 def main(table: Path, shapes: str, tokens: str, activations: str) -> None:
-    """Write the table, size by size; entries for other sizes stay."""
-    kinds, counts = activations.split(","), [int(count) for count in tokens.split(",") if count]
+    """Time what is not in the file of times, then write the table from all of it."""
+    kinds, counts = activations.split(","), [int(count) for count in tokens.split(",")]
     matrices = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
-    sizes = [(count, rows, columns, kind) for kind in kinds for rows, columns in matrices for count in counts
+    times = table.with_suffix(".times.jsonl")
+    rows = [json.loads(line) for line in times.read_text().splitlines()] if times.exists() else []
+    done = {json.dumps({**row, "us": None}) for row in rows}
+    sizes = [(count, n, k, kind) for kind in kinds for n, k in matrices for count in counts
              if kind == "bf16" or count >= FP8_TOKENS]  # fmt: skip
-    entries = json.loads(table.read_text())["entries"] if table.exists() else []
-    compile_all((size, candidate) for size in sizes for candidate in candidates(*size))
-    for size in sizes:
-        found = best(*size)
-        entries = [entry for entry in entries if size_of(entry) != size] + [found]
-        write(table, entries)
-    choices = {kind_of(entry): Choice(entry["kernel"], entry["options"]) for entry in entries}
-    choices = {kind: choice for kind, choice in choices.items() if choice.kernel != "decode"}
-    compile_all(map(full, choices.values()))
-    times = {kind: round(block_us(choice), 4) for kind, choice in choices.items()}
-    write(table, [{**entry, "block_us": times.get(kind_of(entry))} for entry in entries])
+    new = {size: [one for one in candidates(*size) if json.dumps(row_of(size, Trial(*one, None))) not in done]
+           for size in sizes}  # fmt: skip
+    compile_all((size, candidate) for size, tried in new.items() for candidate in tried)
+    for size, tried in new.items():
+        timed = [row_of(size, trial) for trial in trials(size, tried)] if tried else []
+        with times.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in timed)
+        rows += timed
+        print(*size, fastest(row for row in rows if size_of(row) == size), flush=True)
+    write(table, rows)
 
 
-def write(table: Path, entries: list[dict[str, Any]]) -> None:
-    """The table, an entry a line."""
-    lines = ",\n".join("  " + json.dumps(entry) for entry in sorted(entries, key=size_of))
-    table.write_text(f'{{"device": "{torch.cuda.get_device_name()}", "entries": [\n{lines}\n]}}\n')
+def row_of(size: Size, trial: Trial) -> dict[str, Any]:
+    """A line of the file of times."""
+    tokens, rows, columns, activations = size
+    return {"activations": activations, "tokens": tokens, "rows": rows, "columns": columns, **vars(trial)}
 
 
-def kind_of(entry: dict[str, Any]) -> str:
-    """What entries have in common that differ in splits at most."""
-    return json.dumps([entry["kernel"], {**entry["options"], "splits": 1}])
+def size_of(row: dict[str, Any]) -> Size:
+    """What a line is for."""
+    return row["tokens"], row["rows"], row["columns"], row["activations"]
 
 
-def size_of(entry: dict[str, Any]) -> Size:
-    """What an entry is for."""
-    return entry["tokens"], entry["rows"], entry["columns"], entry["activations"]
+def fastest(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest of those that were right."""
+    return min((row for row in rows if row["us"] is not None), key=lambda row: row["us"])
+
+
+def write(table: Path, rows: list[dict[str, Any]]) -> None:
+    """The table, an entry a line: the fastest choice of each size, and the microseconds that fit all of their kinds."""
+    by_size = {size: [row for row in rows if size_of(row) == size] for size in sorted(set(map(size_of, rows)))}
+    best = [fastest(tried) for tried in by_size.values()]
+    kinds = {entry_of(row).choice.kind for row in best}
+    timed = [(entry_of(row), row["us"]) for row in rows if row["us"] is not None]
+    us = fitted([one for one in timed if one[0].choice.kind in kinds])
+    lines = ",\n".join("  " + json.dumps({name: row[name] for name in row if name != "us"}) for row in best)
+    costs = ",\n".join(f"  {json.dumps(name)}: {cost:.4f}" for name, cost in sorted(us.items()))
+    device = json.dumps(torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    table.write_text(f'{{"device": {device}, "us": {{\n{costs}\n}}, "entries": [\n{lines}\n]}}\n')
+
+
+def fitted(timed: list[tuple[Entry, float]]) -> dict[str, float]:
+    """Microseconds of each of `Choice.terms`, none below 0, of least squares of the relative errors."""
+    counts = [entry.choice.terms(entry.size) for entry, _ in timed]
+    names = sorted({name for terms in counts for name in terms})
+    shares = [[terms.get(name, 0) / us for name in names] for terms, (_, us) in zip(counts, timed, strict=True)]
+    a = torch.tensor(shares, dtype=torch.float64)
+    return dict(zip(names, nonnegative(a, a.new_ones(len(a))).tolist(), strict=True))
+
+
+def nonnegative(a: Tensor, b: Tensor) -> Tensor:
+    """The x ≥ 0 [K] of least ‖a x − b‖, a [N, K], by coordinate descent."""
+    square, right = a.T @ a, a.T @ b
+    x = torch.zeros_like(right)
+    for _ in range(SWEEPS):
+        for i in square.diagonal().nonzero().flatten():
+            x[i] = (x[i] + (right[i] - square[i] @ x) / square[i, i]).clamp(min=0)
+    return x
 
 
 if __name__ == "__main__":

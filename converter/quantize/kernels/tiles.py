@@ -42,6 +42,8 @@ def reach(tiles, below, above, bad, BOTH: tl.constexpr):
     """
     for turn in tl.static_range(len(tiles)):
         w = tiles[turn].to(tl.float32)
+        if tiles[turn].dtype == tl.float32:
+            w += 0.0  # Triton 3.6 cannot compile, in a loop, the largest and the smallest of what a load gives
         if BOTH:
             above = tl.maximum(above, tl.max(w, 1))
             below = tl.maximum(below, -tl.min(w, 1))
