@@ -18,10 +18,11 @@ from formats.devices import parse_device
 from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
 from formats.layout import ceil_div
-from runtime.evaluate import Evaluation, Measurement, evaluate, windows_of
-from runtime.load import first_line, load, resolve, with_plain_attention
+from formats.skeleton import first_line, with_plain_attention
+from formats.texts import DATASETS, read_text, tokenize, windows_of
+from runtime.evaluate import Evaluation, Measurement, evaluate
+from runtime.load import load, resolve
 from runtime.ops import FP8_TOKENS
-from runtime.texts import DATASETS, read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,7 +75,7 @@ def command(
     model = load(folder, device=place, dtype=kind, join=False if no_join else None, activations=activations)
     original = None if reference is None else _load_reference(reference, place, kind)
     corpus = read_text(text) if text is not None else DATASETS[str(dataset)]()
-    windows = windows_of(_tokenize(folder, corpus), seq_len, max_windows)
+    windows = windows_of(tokenize(folder, corpus), seq_len, max_windows)
     _check_limits(model, windows, folder)
     with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar:
         result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
@@ -118,16 +119,6 @@ def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | N
         raise CheckpointError(f"{reference}: transformers cannot load it ({first_line(error)})") from None
     placed: nn.Module = model.to(device).eval()
     return placed
-
-
-def _tokenize(folder: Path, text: str) -> Tensor:
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer ({first_line(error)})") from None
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def as_json(result: Evaluation, protocol: dict[str, Any]) -> dict[str, Any]:

@@ -48,20 +48,6 @@ class Evaluation:
     same_top1: float | None = None
 
 
-def windows_of(tokens: Tensor, seq_len: int, max_windows: int | None = None) -> Tensor:
-    """Tokens [T] → windows [W, seq_len] that do not overlap; the tail is dropped.
-
-    Raises `UsageError` when the text has not one whole window.
-    """
-    if seq_len < 2:
-        raise UsageError(f"--seq-len {seq_len}: a window needs two tokens, one to predict the other from")
-    count = tokens.numel() // seq_len
-    if count == 0:
-        raise UsageError(f"the text has {tokens.numel()} tokens, too few for a window of {seq_len}; lower --seq-len")
-    count = min(count, max_windows or count)
-    return tokens[: count * seq_len].view(count, seq_len)
-
-
 class _Runner:
     """Runs one model and keeps its account."""
 

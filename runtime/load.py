@@ -1,10 +1,7 @@
 """From a checkpoint folder to a running module: build it on meta, swap in int4 layers, stream the tensors in."""
 
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +10,16 @@ from torch import Tensor, nn
 
 from formats.checkpoint import Checkpoint
 from formats.devices import parse_device
-from formats.errors import CheckpointError, UsageError, some
+from formats.errors import CheckpointError, some
 from formats.hub import download
 from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme
 from formats.manifest import Manifest, TensorRecord
 from formats.selection import WEIGHT
+from formats.skeleton import build
 from formats.tensors import TORCH_DTYPES, spec_of, tensor_from
 from runtime.linear import Int4Linear
 from runtime.siblings import join as join_siblings
 
-BUILDING = threading.RLock()  # one model at a time: `parameters_on_meta` changes torch itself
 ROTARY_TABLE = r"rotary_emb\.inv_freq$"  # old checkpoints hold it; models compute it
 
 
@@ -48,8 +45,7 @@ def load(
     """
     folder = resolve(folder_or_hub_id, revision)
     checkpoint = Checkpoint(folder)
-    with BUILDING:
-        model: nn.Module = build(folder, dtype, stored=_stored_dtype(checkpoint.manifest))
+    model: nn.Module = build(folder, dtype, stored=_stored_dtype(checkpoint.manifest))
     ignore = [ROTARY_TABLE, *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     fill(model, checkpoint, device=parse_device(device), dtype=dtype, verify=verify, join=join,
          activations=activations, ignore=ignore)  # fmt: skip
@@ -89,83 +85,6 @@ def _stored_dtype(manifest: Manifest) -> torch.dtype:
     """The type of the first floating-point tensor of the source."""
     kinds = (TORCH_DTYPES[row.dtype] for row in manifest.tensors)
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
-
-
-def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype) -> Any:
-    """The transformers model of `folder`, in evaluation mode, its parameters on meta; no code of the folder is run.
-
-    Its type is `dtype`, or else that of its configuration, or else `stored`.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            f"runtime.load builds models through transformers, which cannot be imported ({first_line(error)}); "
-            "pip install 'int4-convert[hf]', or fill a module of your own with runtime.load_into"
-        ) from None
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind = dtype or getattr(config, "dtype", None) or stored
-        model = with_plain_attention(partial(_build, _architecture(config), config, kind))
-        if (folder / "generation_config.json").is_file() and model.can_generate():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
-        raise CheckpointError(f"{folder}: transformers cannot build the model ({first_line(error)})") from None
-    return model.eval()
-
-
-def with_plain_attention(make: Callable[..., Any]) -> Any:
-    """`make` a model with torch's own attention: a configuration could name a kernel to be fetched from the Hub."""
-    try:
-        return make(attn_implementation="sdpa")
-    except ValueError:  # the model has none of that kind
-        return make(attn_implementation="eager")
-
-
-def _architecture(config: Any) -> Any:
-    """The class of transformers that the configuration names, or its causal language model."""
-    import transformers
-
-    names = getattr(config, "architectures", None)
-    if not names:
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    architecture = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
-    known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
-    if not known:
-        raise ValueError(f"this transformers has no architecture {names!r}")
-    return architecture
-
-
-def _build(architecture: Any, config: Any, dtype: torch.dtype, attn_implementation: str) -> Any:
-    with parameters_on_meta(dtype):
-        # In fp32, so that tables are computed as from_pretrained computes them; parameters take `dtype`.
-        model = architecture._from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
-    model.config.dtype = dtype
-    return model
-
-
-@contextmanager
-def parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, parameters land on meta in `dtype` as this thread registers them, while buffers are computed for real.
-
-    So tables such as rotary frequencies, which no checkpoint holds, are right without knowing any of them (the method
-    is that of accelerate's init_empty_weights).
-    """
-    register = nn.Module.register_parameter
-    thread = threading.get_ident()
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None and not param.is_meta and threading.get_ident() == thread:
-            kind = dtype if param.is_floating_point() else param.dtype
-            empty = torch.empty_like(param, dtype=kind, device="meta")
-            self._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def fill(
@@ -297,8 +216,3 @@ def _assign(
             if place is owner._parameters:
                 value = nn.Parameter(value, requires_grad=False)
         place[leaf] = value
-
-
-def first_line(error: Exception) -> str:
-    """The type and the first line of the text of `error`."""
-    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:300]

@@ -8,7 +8,8 @@ from checkpoints import SHARED, convert_folder
 
 import runtime
 from formats.layout import Scheme
-from runtime.evaluate import evaluate, windows_of
+from formats.texts import windows_of
+from runtime.evaluate import evaluate
 
 MODEL = SHARED / "models" / "books-llama-17m"
 TEXT = SHARED / "data" / "books.test.txt"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from formats.errors import CheckpointError, UsageError
-from runtime.evaluate import evaluate, weight_bytes, windows_of
+from formats.texts import windows_of
+from runtime.evaluate import evaluate, weight_bytes
 
 VOCABULARY, WINDOWS, LENGTH = 11, 5, 8
 

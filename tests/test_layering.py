@@ -25,6 +25,8 @@ FLOORS: dict[str, set[str]] = {
     "formats.devices": {"formats.errors", "torch"},
     "formats.hub": {"formats.errors", "huggingface_hub", "tqdm"},
     "formats.command": {"formats.errors", "click"},
+    "formats.skeleton": {"formats.errors", "torch", "transformers"},
+    "formats.texts": {"formats.errors", "formats.hub", "formats.skeleton", "torch", "transformers"},
 }
 FLOORS["formats.manifest"] = {
     "formats.container", "formats.errors", "formats.files", "formats.layout", "formats.records", "formats.sizes",

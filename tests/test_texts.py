@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from checkpoints import SHARED
 
+from formats import texts
 from formats.errors import CheckpointError, UsageError
-from runtime import texts
 
 WIKITEXT = SHARED / "data" / "wiki.test.raw"
 

@@ -1,4 +1,4 @@
-"""Texts to evaluate on."""
+"""Texts to evaluate on and to calibrate with, as tokens."""
 
 import hashlib
 import io
@@ -6,8 +6,12 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from formats.errors import CheckpointError, UsageError
 from formats.hub import download
+from formats.skeleton import first_line
 
 WIKITEXT_REPO, WIKITEXT_ZIP = "ggml-org/ci", "wikitext-2-raw-v1.zip"
 WIKITEXT_TEST = "wikitext-2-raw/wiki.test.raw"
@@ -39,3 +43,28 @@ def join_rows(raw: str) -> str:
 
 
 DATASETS: dict[str, Callable[[], str]] = {"wikitext2": wikitext2}
+
+
+def tokenize(folder: Path, text: str) -> Tensor:
+    """The whole of `text` as tokens [T] of the tokenizer in `folder`, with no special ones added."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load its tokenizer ({first_line(error)})") from None
+    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def windows_of(tokens: Tensor, seq_len: int, max_windows: int | None = None) -> Tensor:
+    """Tokens [T] → windows [W, seq_len] that do not overlap; the tail is dropped.
+
+    Raises `UsageError` when the text has not one whole window.
+    """
+    if seq_len < 2:
+        raise UsageError(f"--seq-len {seq_len}: a window needs two tokens, one to predict the other from")
+    count = tokens.numel() // seq_len
+    if count == 0:
+        raise UsageError(f"the text has {tokens.numel()} tokens, too few for a window of {seq_len}; lower --seq-len")
+    count = min(count, max_windows or count)
+    return tokens[: count * seq_len].view(count, seq_len)

@@ -1,0 +1,98 @@
+"""The model that a checkpoint is of, built through transformers with its parameters on meta: a form without weights."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from formats.errors import CheckpointError, UsageError
+
+BUILDING = threading.RLock()  # one model at a time: `parameters_on_meta` changes torch itself
+
+
+def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype) -> Any:
+    """The transformers model of `folder`, in evaluation mode, its parameters on meta; no code of the folder is run.
+
+    Its type is `dtype`, or else that of its configuration, or else `stored`.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            f"{folder}: its model is built through transformers, which cannot be imported ({first_line(error)}); "
+            "pip install 'int4-convert[hf]', or fill a module of your own with runtime.load_into"
+        ) from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        kind = dtype or getattr(config, "dtype", None) or stored
+        with BUILDING:
+            model = with_plain_attention(partial(_build, _architecture(config), config, kind))
+        if (folder / "generation_config.json").is_file() and model.can_generate():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
+        raise CheckpointError(f"{folder}: transformers cannot build the model ({first_line(error)})") from None
+    return model.eval()
+
+
+def with_plain_attention(make: Callable[..., Any]) -> Any:
+    """`make` a model with torch's own attention: a configuration could name a kernel to be fetched from the Hub."""
+    try:
+        return make(attn_implementation="sdpa")
+    except ValueError:  # the model has none of that kind
+        return make(attn_implementation="eager")
+
+
+def _architecture(config: Any) -> Any:
+    """The class of transformers that the configuration names, or its causal language model."""
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    if not names:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    architecture = getattr(transformers, str(names[0]), None) if isinstance(names, list) else None
+    known = isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)
+    if not known:
+        raise ValueError(f"this transformers has no architecture {names!r}")
+    return architecture
+
+
+def _build(architecture: Any, config: Any, dtype: torch.dtype, attn_implementation: str) -> Any:
+    with parameters_on_meta(dtype):
+        # In fp32, so that tables are computed as from_pretrained computes them; parameters take `dtype`.
+        model = architecture._from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    model.config.dtype = dtype
+    return model
+
+
+@contextmanager
+def parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, parameters land on meta in `dtype` as this thread registers them, while buffers are computed for real.
+
+    So tables such as rotary frequencies, which no checkpoint holds, are right without knowing any of them (the method
+    is that of accelerate's init_empty_weights).
+    """
+    register = nn.Module.register_parameter
+    thread = threading.get_ident()
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta and threading.get_ident() == thread:
+            kind = dtype if param.is_floating_point() else param.dtype
+            empty = torch.empty_like(param, dtype=kind, device="meta")
+            self._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def first_line(error: Exception) -> str:
+    """The type and the first line of the text of `error`."""
+    return " ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:300]
