@@ -56,29 +56,43 @@ def lanes_of(words: int) -> int:
     return max(min(words, GROUP_LANES), words // LANE_WORDS)
 
 
-def best_scales(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales [N, G], as stored, and zero points int8 [N, G] of `weight` fp32 [N, K]."""
+def best_scales(
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scales [N, G], as stored, and zero points int8 [N, G] of `weight` fp32 [N, K].
+
+    The squared errors count by `importance` [K] of their columns where it is given, and else by σ + |w|.
+    """
     groups = grouped(weight, scheme)
     width = groups.shape[-1]
     columns = torch.full((groups.shape[1], 1), width, device=weight.device)
     columns[-1] = weight.shape[1] - (groups.shape[1] - 1) * width
     columns = columns.expand(*groups.shape[:2], 1).reshape(-1, 1)
-    rows = F.pad(groups.flatten(0, 1), (0, CODES_PER_WORD * padded_words(weight, scheme) - width))
+    padding = (0, CODES_PER_WORD * padded_words(weight, scheme) - width)
+    rows = F.pad(groups.flatten(0, 1), padding)
     block = max(1, BLOCK_WEIGHTS[weight.device.type] // rows.shape[1])
-    parts = zip(torch.split(rows, block), torch.split(columns, block), strict=True)
-    found = [_best(part, count, scheme.symmetric, scale_dtype) for part, count in parts]
+    if importance is None:
+        counts = zip(torch.split(rows, block), torch.split(columns, block), strict=True)
+        weighed = ((part, _by_size(part, count)) for part, count in counts)
+    else:
+        shares = F.pad(grouped(importance.unsqueeze(0), scheme)[0], padding)
+        block = max(len(shares), block // len(shares) * len(shares))  # whole rows of the matrix
+        weighed = ((part, shares.repeat(len(part) // len(shares), 1)) for part in torch.split(rows, block))
+    found = [_best(part, shares, scheme.symmetric, scale_dtype) for part, shares in weighed]
     scale = torch.cat([scale for scale, _ in found]).to(scale_dtype).view(groups.shape[:2])
     return scale, torch.cat([zero for _, zero in found]).to(torch.int8).view(groups.shape[:2])
 
 
-def _best(w: Tensor, columns: Tensor, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scales, as stored, and zero points, fp32 [B, 1], of groups w [B, a power of two].
-
-    So many `columns` [B, 1] of each group count, the rest is 0.
-    """
-    total = summer(w.shape[1])
+def _by_size(w: Tensor, columns: Tensor) -> Tensor:
+    """σ + |w| of groups w [B, a power of two], of which so many `columns` [B, 1] count and the rest is 0."""
+    mean = summer(w.shape[1])(w * w) / columns
     # By fp64, because torch's square root in fp32 is not always the nearest number (AVX-512).
-    importance = (total(w * w) / columns).double().sqrt().float() + w.abs()
+    return mean.double().sqrt().float() + w.abs()
+
+
+def _best(w: Tensor, importance: Tensor, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales, as stored, and zero points, fp32 [B, 1], of groups w [B, a power of two], filled up with zeros."""
+    total = summer(w.shape[1])
 
     def error(scale: Tensor, zero: Tensor) -> Tensor:
         difference = _levels(w, scale, zero).mul_(scale).sub_(w)

@@ -1,0 +1,153 @@
+"""GPTQ: codes that make up for each other, column by column, in what they do to the inputs of calibration.
+
+The weight is first moved to what serves the inputs best that it will get from quantised layers before it (the mismatch
+correction of GPTAQ and Qronos). Scales and zero points are chosen beforehand, by errors that count by their inputs, so
+the columns can be taken in any order without a record of it. A sweep of coordinate descent follows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from converter.quantize.search import best_scales
+from formats.codec import Quantized, encode, pack, pack_zero_point
+from formats.errors import CheckpointError
+from formats.layout import CODE_MAX, CODE_MIN, Scheme
+
+DAMPING = 0.01  # of the mean of the diagonal; ten times more as long as there is no factor
+MOST_DAMPING = 10.0
+BLOCK_COLUMNS = 128  # whose errors reach the columns behind them as one product
+CORRECTION = 0.75  # of the mismatch: the rest of it is noise of the text
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What calibration saw of the inputs of a linear layer, means over `tokens`.
+
+    `gram` X̃ᵀX̃ fp32 [K, K] is of the inputs X̃ that the quantised model gives it; `drift` (X − X̃)ᵀX̃ fp32 [K, K], or None,
+    compares them with those of the original.
+    """
+
+    gram: Tensor
+    drift: Tensor | None
+    tokens: int
+
+
+def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:
+    """Quantise `weight` [N, K] by GPTQ (Frantar et al. 2022), each row at least as well as `search` does.
+
+    As well by the measure of the method: ‖(Ŵ − W′) X̃ᵀ‖² of the corrected weight W′. Raises `CheckpointError` where the
+    gram matrix of the inputs has no factor.
+    """
+    gram, target = damped(inputs.gram), weight.float()
+    if inputs.drift is not None:
+        target = target + CORRECTION * (target @ inputs.drift) @ torch.linalg.inv(gram)
+    scale, zero = best_scales(target, scheme, scale_dtype, gram.diagonal())
+    scales, zeros = (of_columns(values.float(), scheme, weight.shape[1]) for values in (scale, zero))
+    values = compensated(target, scales, zeros, gram)
+    values = descended(values, target, scales, zeros, gram)
+    found = Codes(((values / scales).round() + zeros).to(torch.int8), scale, zero)
+    plain = searched(weight.float(), scheme, scale_dtype)
+    losses = [loss(codes.values(scheme) - target, inputs.gram) for codes in (found, plain)]
+    return found.replaced(losses[1] < losses[0], plain).packed(scheme)
+
+
+def weighted_search(weight: Tensor, inputs: Inputs, scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:
+    """Quantise `weight` [N, K] by `search`, with errors that count by the mean square of their inputs."""
+    return searched(weight.float(), scheme, scale_dtype, damped(inputs.gram).diagonal()).packed(scheme)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised matrix before it is packed: codes int8 [N, K], scales as stored and zero points int8 [N, G]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    def values(self, scheme: Scheme) -> Tensor:
+        """Ŵ fp32 [N, K]."""
+        scale, zero = (of_columns(x.float(), scheme, self.codes.shape[1]) for x in (self.scale, self.zero))
+        return (self.codes - zero) * scale
+
+    def replaced(self, rows: Tensor, other: "Codes") -> "Codes":
+        """This one, with those of `rows` bool [N] from the other."""
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Codes(*(torch.where(rows.unsqueeze(1), theirs, ours) for ours, theirs in pairs))
+
+    def packed(self, scheme: Scheme) -> Quantized:
+        """The format's tensors."""
+        return Quantized(pack(self.codes), self.scale, None if scheme.symmetric else pack_zero_point(self.zero))
+
+
+def searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importance: Tensor | None = None) -> Codes:
+    """The nearest codes for the scales that `best_scales` finds for `weight` fp32 [N, K]."""
+    scale, zero = best_scales(weight, scheme, scale_dtype, importance)
+    return Codes(encode(weight, scale, zero, scheme), scale, zero)
+
+
+def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """`gram` with a share of the mean of its diagonal on the diagonal; more until it has a factor.
+
+    Columns that no input reached are left with that alone: their codes are then those of plain rounding.
+    """
+    mean = gram.diagonal().mean()
+    while damping <= MOST_DAMPING:
+        tried = gram + torch.eye(len(gram), device=gram.device) * (damping * mean)
+        if mean > 0 and mean.isfinite() and not torch.linalg.cholesky_ex(tried).info:
+            return tried
+        damping *= 10
+    raise CheckpointError(f"inputs of calibration with a mean square of {mean.item():.3g} have no usable gram matrix")
+
+
+def compensated(target: Tensor, scale: Tensor, zero: Tensor, gram: Tensor) -> Tensor:
+    """Values (code − zero) · scale fp32 [N, K], in each column with the errors of those before it made up for.
+
+    Columns come by falling diagonal of `gram` [K, K]; `scale` and `zero` [N, K] are of the columns.
+    """
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    w, scale, zero = target[:, order], scale[:, order], zero[:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    values = torch.empty_like(w)
+    for start in range(0, w.shape[1], BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, w.shape[1])
+        errors = torch.empty_like(w[:, start:end])
+        for i in range(start, end):
+            values[:, i] = nearest(w[:, i], scale[:, i], zero[:, i])
+            error = (w[:, i] - values[:, i]) / factor[i, i]
+            w[:, i + 1 : end] -= error.unsqueeze(1) * factor[i, i + 1 : end]
+            errors[:, i - start] = error
+        w[:, end:] -= errors @ factor[start:end, end:]
+    return values[:, order.argsort()]
+
+
+def descended(values: Tensor, target: Tensor, scale: Tensor, zero: Tensor, gram: Tensor) -> Tensor:
+    """`values` after each column took the codes that are best as the others stand: a sweep of coordinate descent."""
+    values = values.clone()
+    slope = (values - target) @ gram
+    for start in range(0, values.shape[1], BLOCK_COLUMNS):
+        end = min(start + BLOCK_COLUMNS, values.shape[1])
+        before = values[:, start:end].clone()
+        for i in range(start, end):
+            best = nearest(values[:, i] - slope[:, i] / gram[i, i], scale[:, i], zero[:, i])
+            slope[:, i + 1 : end] += (best - values[:, i]).unsqueeze(1) * gram[i, i + 1 : end]
+            values[:, i] = best
+        slope[:, end:] += (values[:, start:end] - before) @ gram[start:end, end:]
+    return values
+
+
+def nearest(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The value (code − zero) · scale nearest to each of w."""
+    return ((w / scale).round().add_(zero).clamp_(CODE_MIN, CODE_MAX) - zero) * scale
+
+
+def loss(difference: Tensor, gram: Tensor) -> Tensor:
+    """‖D X̃ᵀ‖² of each row of D [N, K], a mean over tokens [N]."""
+    return ((difference @ gram) * difference).sum(1)
+
+
+def of_columns(values: Tensor, scheme: Scheme, columns: int) -> Tensor:
+    """[N, G] for each of the columns [N, K]."""
+    return values.repeat_interleave(scheme.group_width(columns), dim=1)[:, :columns]
