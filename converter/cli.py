@@ -1,22 +1,31 @@
 """`int4-convert`: the command line of the converter."""
 
 import dataclasses
+import hashlib
 import json
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 from tqdm import tqdm
 
+from converter.calibrate import LayerReport
 from converter.convert import convert, make_recipe
 from converter.plan import Plan, make_plan
-from converter.quantize import DEFAULT_METHOD, METHODS
+from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
 from converter.source import open_source
 from formats import __version__
 from formats.command import echo, run
 from formats.devices import parse_device
+from formats.errors import UsageError, some
 from formats.layout import Scheme
+from formats.manifest import CalibrationRecord
 from formats.sizes import Sizes
+from formats.texts import calibration_text, drawn_windows, tokenize
+
+NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -24,7 +33,11 @@ from formats.sizes import Sizes
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option("--group-size", default=256, help="Columns that share a scale: a multiple of 8, or -1 for whole rows.")
 @click.option("--scheme", type=click.Choice(["sym", "asym"]), default="sym", help="Without or with zero points.")
-@click.option("--method", type=click.Choice(sorted(METHODS)), default=DEFAULT_METHOD, help="How scales are chosen.")
+@click.option("--method", type=click.Choice(NAMES), default=DEFAULT_METHOD, help="How scales and codes are chosen.")
+@click.option("--calibration", metavar="TEXT", help="A UTF-8 file, or wikitext2, to run the model on: gptq needs it.")
+@click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, help="Tokens of it, at most.")
+@click.option("--seq-len", default=512, help="Tokens in a window of the calibration.")
+@click.option("--seed", default=0, help="Of the draw of windows.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantise these too, such as lm_head (repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these as they are (repeatable).")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.  [default: its main branch]")
@@ -40,6 +53,10 @@ def command(
     group_size: int,
     scheme: str,
     method: str,
+    calibration: str | None,
+    calibration_tokens: int,
+    seq_len: int,
+    seed: int,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     revision: str | None,
@@ -53,22 +70,52 @@ def command(
 
     PATTERN is a glob on the name of a tensor or its module, or a regular expression after "re:".
     """
-    recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude)
+    _check_method(method, calibration)
     chosen = parse_device(device)
     source = open_source(model, revision, quiet=quiet)
+    windows = record = None
+    if calibration is not None:
+        text = calibration_text(calibration)
+        windows = drawn_windows(tokenize(source.folder, text), seq_len, max(1, calibration_tokens // seq_len), seed)
+        record = CalibrationRecord(hashlib.sha256(text.encode()).hexdigest(), len(windows), seq_len, seed)
+    recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude, record)
     plan = make_plan(source, recipe)
     if dry_run:
         _print_plan(plan, as_json)
         return
     # disable=None: a bar only where someone watches it.
-    with tqdm(total=source.nbytes, unit="B", unit_scale=True, desc=source.id, disable=True if quiet else None) as bar:
+    disable = True if quiet else None
+    layers = tqdm(unit="layer", desc="calibrating", disable=True if windows is None else disable)
+    done = tqdm(total=source.nbytes, unit="B", unit_scale=True, desc=source.id, disable=disable)
+    with layers, done:
         started = time.monotonic()
-        manifest = convert(source, plan, out_dir, chosen, overwrite=overwrite, progress=bar.update)
+        manifest = convert(
+            source, plan, out_dir, chosen,
+            windows=windows, overwrite=overwrite, progress=done.update, calibrated=partial(_show_layer, layers),
+        )  # fmt: skip
         seconds = time.monotonic() - started
     if as_json:
         echo(json.dumps({**dataclasses.asdict(manifest.sizes), "seconds": round(seconds, 3)}))
     elif not quiet:
         echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {chosen}")
+
+
+def _check_method(method: str, calibration: str | None) -> None:
+    if calibration is None and method not in METHODS:
+        raise UsageError(f"--method {method}: needs a text to run the model on; give --calibration FILE")
+    if calibration is not None and method not in CALIBRATED:
+        raise UsageError(
+            f"--method {method}: takes no text; leave --calibration out, or choose {some(sorted(CALIBRATED))}"
+        )
+
+
+def _show_layer(bar: Any, report: LayerReport) -> None:
+    """A layer more on the bar, and a line where the text was too short for some of it."""
+    bar.total = report.count
+    bar.set_postfix(output_error=f"{report.output_error:.2e}")
+    bar.update()
+    if report.too_few and not bar.disable:
+        bar.write(f"too few tokens, so by search: {some(report.too_few)}")
 
 
 def _sentence(sizes: Sizes) -> str:

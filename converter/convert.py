@@ -1,24 +1,36 @@
 """The main road: a checkpoint in, an int4 checkpoint out."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from converter.calibrate import Calibration, LayerReport
 from converter.output import OutputDir
 from converter.pipeline import convert_shard
 from converter.plan import Plan
+from converter.prepared import PreparedLayers
 from converter.source import Source
 from formats import __version__
 from formats.layout import Scheme
-from formats.manifest import Manifest, Recipe
+from formats.manifest import CalibrationRecord, Manifest, Recipe
+from formats.records import to_json
+from formats.strict_json import canonical
 
 CONVERTER = f"int4-convert {__version__}"
 
 
-def make_recipe(scheme: Scheme, method: str, include: tuple[str, ...], exclude: tuple[str, ...]) -> Recipe:
+def make_recipe(
+    scheme: Scheme,
+    method: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    calibration: CalibrationRecord | None = None,
+) -> Recipe:
     """The recipe of this version of the converter."""
-    return Recipe(CONVERTER, method, scheme.group_size, scheme.symmetric, include, exclude)
+    return Recipe(CONVERTER, method, scheme.group_size, scheme.symmetric, include, exclude, calibration)
 
 
 def convert(
@@ -27,14 +39,32 @@ def convert(
     out_dir: Path,
     device: torch.device,
     *,
+    windows: Tensor | None = None,
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda nbytes: None,
+    calibrated: Callable[[LayerReport], object] = lambda report: None,
 ) -> Manifest:
     """Carry out `plan` and return what was written; `progress` is called with the source bytes of each tensor done.
 
-    Raises `CheckpointError`, `OutputError` or `TemporaryError`; then `out_dir` holds no manifest.
+    A calibrated recipe comes with the `windows` [W, T] of tokens that it names; `calibrated` is called for each layer,
+    and an interrupted calibration goes on where it stopped. Raises `CheckpointError`, `OutputError` or
+    `TemporaryError`; then `out_dir` holds no manifest.
     """
     with OutputDir(out_dir, source, plan, overwrite=overwrite) as out:
+        prepared = PreparedLayers(out_dir, _key(source, plan.recipe))
+        if windows is not None:
+            for report in Calibration(source, plan, device).run(windows, prepared):
+                calibrated(report)
         for shard in plan.shards:
-            convert_shard(source, shard, out, device, progress)
-        return out.finish()
+            convert_shard(source, shard, out, device, prepared, progress)
+        manifest = out.finish()
+        prepared.clear()
+        return manifest
+
+
+def _key(source: Source, recipe: Recipe) -> str:
+    """What layers that are quantised depend on: every option, and the files of the source as they are."""
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name in source.shards
+             for stat in [(source.folder / name).stat()]]  # fmt: skip
+    text = canonical({"recipe": to_json(recipe), "source": source.id, "files": [list(file) for file in files]})
+    return hashlib.sha256(text).hexdigest()

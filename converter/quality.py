@@ -28,9 +28,14 @@ def _beyond(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
     return (codes > CODE_MAX + 0.5) | (codes < CODE_MIN - 0.5)
 
 
-def error_record(total: Tensor, weights: int) -> ErrorRecord:
-    """The figures of a matrix of so many weights from the `sums` of all its blocks."""
+def error_record(total: Tensor, weights: int, output: float | None = None) -> ErrorRecord:
+    """The figures of a matrix of so many weights from the `sums` of all its blocks, with the error of its outputs."""
     error, before, after, product, beyond = total.tolist()
     norms = (before * after) ** 0.5
-    figures = (error / before if before else 0.0, product / norms if norms else 1.0, beyond / weights)
-    return ErrorRecord(*(float(f"{figure:.{DIGITS}g}") for figure in figures))
+    relative, cosine = error / before if before else 0.0, product / norms if norms else 1.0
+    exact = None if output is None else _rounded(output)
+    return ErrorRecord(_rounded(relative), _rounded(cosine), _rounded(beyond / weights), exact)
+
+
+def _rounded(figure: float) -> float:
+    return float(f"{figure:.{DIGITS}g}")

@@ -40,6 +40,16 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """What a calibrated method saw: the digest of a text, and how many windows of `seq_len` tokens `seed` drew."""
+
+    sha256: str
+    windows: int
+    seq_len: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Every option that changes a byte of the output."""
 
@@ -49,6 +59,7 @@ class Recipe:
     symmetric: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    calibration: CalibrationRecord | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -60,12 +71,14 @@ class Recipe:
 class ErrorRecord:
     """How far the int4 matrix is from its source.
 
-    ‖W − Ŵ‖² / ‖W‖², the cosine of the angle between W and Ŵ, and the share of weights beyond the outermost codes.
+    ‖W − Ŵ‖² / ‖W‖², the cosine of the angle between W and Ŵ, and the share of weights beyond the outermost codes; of
+    a calibrated matrix ‖(W − Ŵ) Xᵀ‖² / ‖W Xᵀ‖² for the inputs X that it was given.
     """
 
     relative_mse: float
     cosine: float
     clipped: float
+    output: float | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from formats.hub import download
 from formats.skeleton import first_line
 
 WIKITEXT_REPO, WIKITEXT_ZIP = "ggml-org/ci", "wikitext-2-raw-v1.zip"
-WIKITEXT_TEST = "wikitext-2-raw/wiki.test.raw"
+WIKITEXT_TEST, WIKITEXT_TRAIN = "wikitext-2-raw/wiki.test.raw", "wikitext-2-raw/wiki.train.raw"
 WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 
 
@@ -42,7 +42,24 @@ def join_rows(raw: str) -> str:
     return "\n\n".join(line if line.strip() else "" for line in lines)
 
 
+def wikitext2_train() -> str:
+    """The training split of WikiText-2 raw, joined like the other."""
+    archive = download(WIKITEXT_REPO, allow=[WIKITEXT_ZIP], repo_type="dataset") / WIKITEXT_ZIP
+    with zipfile.ZipFile(archive) as files:
+        return join_rows(files.read(WIKITEXT_TRAIN).decode("utf-8"))
+
+
 DATASETS: dict[str, Callable[[], str]] = {"wikitext2": wikitext2}
+CALIBRATION_DATASETS: dict[str, Callable[[], str]] = {"wikitext2": wikitext2_train}
+
+
+def calibration_text(name: str) -> str:
+    """The text of the file `name`, or else of the dataset of that name; raises `UsageError` where there is neither."""
+    if Path(name).is_file():
+        return read_text(Path(name))
+    if name not in CALIBRATION_DATASETS:
+        raise UsageError(f"--calibration {name}: is no file, nor one of {sorted(CALIBRATION_DATASETS)}")
+    return CALIBRATION_DATASETS[name]()
 
 
 def tokenize(folder: Path, text: str) -> Tensor:
@@ -54,6 +71,13 @@ def tokenize(folder: Path, text: str) -> Tensor:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load its tokenizer ({first_line(error)})") from None
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def drawn_windows(tokens: Tensor, seq_len: int, count: int, seed: int) -> Tensor:
+    """So many of `windows_of` [W, seq_len], drawn by `seed`, in their order; all where there are fewer."""
+    windows = windows_of(tokens, seq_len)
+    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]
+    return windows[drawn.sort().values]
 
 
 def windows_of(tokens: Tensor, seq_len: int, max_windows: int | None = None) -> Tensor:

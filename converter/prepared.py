@@ -1,0 +1,97 @@
+"""What calibration has quantised, on disk layer by layer: an interrupted run goes on behind the last whole layer."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats.codec import Quantized
+from formats.container import SUFFIX, Container, Writer
+from formats.errors import CheckpointError
+from formats.files import leaves, make_folder, publish, remove
+from formats.layout import PACKED, SCALE, ZERO_POINT
+from formats.tensors import bytes_of, spec_of, tensor_from
+
+FOLDER_NAME = ".int4-convert-layers"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A matrix that calibration has quantised; `output_error` is that of `ErrorRecord`."""
+
+    quantized: Quantized
+    output_error: float
+
+
+class PreparedLayers:
+    """A file a layer, in a hidden folder of `out_dir`; those made with another `key` count as missing."""
+
+    def __init__(self, out_dir: Path, key: str) -> None:
+        self.folder = out_dir / FOLDER_NAME
+        self.key = key
+        self._file_of: dict[str, Path] = {}
+
+    def read_layer(self, index: int) -> dict[str, Prepared] | None:
+        """The matrices of a layer by their names, or None if it is still to be made."""
+        path = self._path(index)
+        if not path.exists():
+            return None
+        try:
+            with Container(path) as container:
+                if container.metadata.get("key") != self.key:
+                    return None
+                found = {name: _read(container, name) for name in _errors(container)}
+        except CheckpointError:  # cut short: made again
+            return None
+        self._file_of |= dict.fromkeys(found, path)
+        return found
+
+    def write_layer(self, index: int, matrices: Mapping[str, Prepared]) -> None:
+        """Keep the matrices of a layer."""
+        make_folder(self.folder)
+        path = self._path(index)
+        tensors = {
+            name + suffix: tensor
+            for name, matrix in matrices.items()
+            for suffix, tensor in zip((PACKED, SCALE, ZERO_POINT), matrix.quantized.tensors(), strict=False)
+        }
+        errors = json.dumps({name: matrix.output_error for name, matrix in matrices.items()})
+        with publish(path) as file:
+            specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
+            writer = Writer(file, specs, {"key": self.key, "errors": errors})
+            for name, tensor in tensors.items():
+                writer.put(name, bytes_of(tensor))
+            writer.finish()
+        self._file_of |= dict.fromkeys(matrices, path)
+
+    def find(self, name: str) -> Prepared | None:
+        """The matrix `name`, or None where calibration had none of that name."""
+        if name not in self._file_of:
+            return None
+        with Container(self._file_of[name]) as container:
+            return _read(container, name)
+
+    def clear(self) -> None:
+        """Remove all of it."""
+        if self.folder.is_dir():
+            for path in leaves(self.folder):
+                remove(path)
+            remove(self.folder)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05d}{SUFFIX}"
+
+
+def _errors(container: Container) -> dict[str, float]:
+    found: dict[str, float] = json.loads(container.metadata["errors"])
+    return found
+
+
+def _read(container: Container, name: str) -> Prepared:
+    packed, scale, zero_point = (
+        tensor_from(container.read(stored), container.tensors[stored].spec) if stored in container.tensors else None
+        for stored in (name + PACKED, name + SCALE, name + ZERO_POINT)
+    )
+    if packed is None or scale is None:
+        raise CheckpointError(f"{container.path}: lacks {name!r}")
+    return Prepared(Quantized(packed, scale, zero_point), _errors(container)[name])

@@ -1,0 +1,183 @@
+"""Calibration of the example model, three layers of 256 and 384 columns, with few tokens."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import EXAMPLE, contents, write_checkpoint
+from click.testing import CliRunner, Result
+from torch import Tensor, nn
+
+from converter.calibrate import Calibration, LayerReport, decoder_layers, input_of, shared_inputs
+from converter.cli import command
+from converter.convert import convert, make_recipe
+from converter.plan import Plan, make_plan
+from converter.prepared import FOLDER_NAME, PreparedLayers
+from converter.source import Source, open_source
+from formats.errors import CheckpointError
+from formats.layout import Scheme
+from formats.manifest import CalibrationRecord, Manifest, read_manifest
+from formats.texts import drawn_windows, read_text, tokenize
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+TEXT = EXAMPLE.parent / "tiny-llama.heldout.txt"
+RECORD = CalibrationRecord("0" * 64, 8, 64, 0)
+Convert = Callable[..., Manifest]
+
+
+@pytest.fixture(scope="module")
+def opened() -> Source:
+    return open_source(str(EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    return drawn_windows(tokenize(EXAMPLE, read_text(TEXT)), RECORD.seq_len, RECORD.windows, RECORD.seed)
+
+
+def plan_of(source: Source, method: str = "gptq", record: CalibrationRecord = RECORD) -> Plan:
+    return make_plan(source, make_recipe(Scheme(64), method, (), (), record))
+
+
+def errors_of(manifest: Manifest) -> dict[str, float]:
+    return {row.name: row.error.output for row in manifest.tensors if row.error and row.error.output is not None}
+
+
+@pytest.fixture(scope="module")
+def calibrated(opened: Source, windows: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    convert(opened, plan_of(opened), out, torch.device("cpu"), windows=windows)
+    return out
+
+
+def test_every_matrix_has_the_error_of_its_outputs(calibrated: Path) -> None:
+    manifest = read_manifest(calibrated)
+    assert manifest.recipe.calibration == RECORD
+    assert errors_of(manifest).keys() == {row.name for row in manifest.tensors if row.quantized}
+    assert all(0 < error < 0.05 for error in errors_of(manifest).values())
+
+
+def test_nothing_is_left_of_the_work(calibrated: Path) -> None:
+    assert not [path for path in calibrated.iterdir() if path.name.startswith(".")]
+
+
+def test_outputs_lose_less_than_by_weighted_search(
+    calibrated: Path, opened: Source, windows: Tensor, tmp_path: Path
+) -> None:
+    manifest = convert(opened, plan_of(opened, "search"), tmp_path / "out", torch.device("cpu"), windows=windows)
+    plain, found = errors_of(manifest), errors_of(read_manifest(calibrated))
+    first = [name for name in found if ".layers.0.self_attn.q_proj." in name or ".layers.0.self_attn.k_proj." in name]
+    assert len(first) == 2
+    assert all(found[name] < 0.8 * plain[name] for name in first)  # those behind get other inputs
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    calibrated: Path, opened: Source, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(report: LayerReport) -> None:
+        if report.index == 1:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(opened, plan_of(opened), out, torch.device("cpu"), windows=windows, calibrated=stop)
+    assert not (out / "manifest.json").exists()
+    made: list[int] = []
+    write = PreparedLayers.write_layer
+    monkeypatch.setattr(
+        PreparedLayers, "write_layer", lambda self, index, *rest: (made.append(index), write(self, index, *rest))
+    )
+    convert(opened, plan_of(opened), out, torch.device("cpu"), windows=windows)
+    assert made == [2]
+    assert contents(out) == contents(calibrated)
+
+
+def test_other_options_begin_anew(opened: Source, windows: Tensor, tmp_path: Path) -> None:
+    matrices = dict.fromkeys(["a"])
+    first, second = PreparedLayers(tmp_path, "one"), PreparedLayers(tmp_path, "two")
+    first.write_layer(0, {})
+    assert first.read_layer(0) == {}
+    assert second.read_layer(0) is None
+    assert second.find(next(iter(matrices))) is None
+
+
+def test_a_file_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    layers = PreparedLayers(tmp_path, "key")
+    layers.write_layer(0, {})
+    path = next((tmp_path / FOLDER_NAME).iterdir())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert layers.read_layer(0) is None
+
+
+def test_matrices_that_saw_too_few_tokens_go_by_search(opened: Source, windows: Tensor, tmp_path: Path) -> None:
+    calibration = Calibration(opened, plan_of(opened), torch.device("cpu"))
+    reports = list(calibration.run(windows[:5], PreparedLayers(tmp_path, "key")))  # 320 tokens, less than 384 columns
+    assert [report.index for report in reports] == [0, 1, 2]
+    assert [report.too_few for report in reports] == [(f"model.layers.{i}.mlp.down_proj.weight",) for i in range(3)]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up, self.gate, self.unused = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down(self.gate(hidden) * self.up(hidden))  # type: ignore[no-any-return]
+
+
+def plain_call(layer: nn.Module, hidden: Tensor) -> Tensor:
+    return layer(hidden)  # type: ignore[no-any-return]
+
+
+def test_layers_with_the_same_input_come_together_in_their_order() -> None:
+    layer = Layer()
+    found = shared_inputs(layer, dict(layer.named_children()), plain_call, torch.ones(1, 2, 4))  # type: ignore[arg-type]
+    assert found == [["gate", "up"], ["down"], ["unused"]]
+
+
+def test_the_input_of_a_layer_is_rows_of_tokens() -> None:
+    layer, hidden = Layer(), torch.randn(2, 3, 4)
+    assert torch.equal(input_of(layer, "up", plain_call, hidden), hidden.view(6, 4))  # type: ignore[arg-type]
+    assert input_of(layer, "unused", plain_call, hidden).shape == (0, 4)  # type: ignore[arg-type]
+
+
+def test_a_model_without_a_list_of_layers_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="no list of layers"):
+        decoder_layers(Layer(), {"down.weight"})
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(command, [*map(str, arguments), "--device", "cpu"])
+
+
+def test_the_command_names_the_text_in_the_recipe(tmp_path: Path) -> None:
+    done = run(EXAMPLE, tmp_path / "out", "--method", "search", "--calibration", TEXT, "--calibration-tokens", 300,
+               "--seq-len", 100, "--seed", 3)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]["calibration"]
+    assert (record["windows"], record["seq_len"], record["seed"]) == (3, 100, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "gptq"], "give --calibration FILE"),
+        (["--method", "absmax", "--calibration", TEXT], "takes no text"),
+        (["--method", "gptq", "--calibration", "nothing.txt"], "nothing.txt: is no file"),
+        (["--method", "gptq", "--calibration", TEXT, "--seq-len", 10**7], "too few for a window"),
+    ],
+)
+def test_texts_that_do_not_fit_the_method_are_refused(arguments: list[object], message: str, tmp_path: Path) -> None:
+    done = run(EXAMPLE, tmp_path / "out", *arguments)
+    assert message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_a_model_is_refused(tmp_path: Path, windows: Tensor) -> None:
+    source = open_source(str(write_checkpoint(tmp_path / "source")))
+    with pytest.raises(CheckpointError, match="transformers cannot build the model"):
+        Calibration(source, plan_of(source), torch.device("cpu"))
