@@ -48,6 +48,8 @@ def _description(manifest: Manifest) -> list[str]:
         f"kept       {total.kept} tensors",
         f"size       {total.source_bytes / 1e6:,.1f} MB -> {total.stored_bytes / 1e6:,.1f} MB",
     ]
+    if seen := recipe.calibration:
+        lines.insert(2, f"calibrated {seen.windows} windows of {seen.seq_len} tokens, text {seen.sha256[:12]}")
     lines += [f"included   {pattern}" for pattern in recipe.include]
     lines += [f"excluded   {pattern}" for pattern in recipe.exclude]
     kept = [row for row in manifest.tensors if not row.quantized]
@@ -58,10 +60,15 @@ def _description(manifest: Manifest) -> list[str]:
 
 
 def _errors(manifest: Manifest) -> list[str]:
+    """By the error of the outputs where calibration measured it, because the weights' own says little then."""
     rows = [(row.error, row.name) for row in manifest.tensors if row.error]
-    rows.sort(key=lambda row: -row[0].relative_mse)
-    lines = [f"{error.relative_mse:12.4e}{error.cosine:10.6f}{error.clipped:10.4%}  {name}" for error, name in rows]
-    return ["", f"{'relative MSE':>12}{'cosine':>10}{'clipped':>10}  tensor", *lines]
+    rows.sort(key=lambda row: (row[0].output or 0.0, row[0].relative_mse), reverse=True)
+    lines = [
+        f"{'' if error.output is None else f'{error.output:.4e}':>12}"
+        f"{error.relative_mse:12.4e}{error.cosine:10.6f}{error.clipped:10.4%}  {name}"
+        for error, name in rows
+    ]
+    return ["", f"{'outputs':>12}{'relative MSE':>12}{'cosine':>10}{'clipped':>10}  tensor", *lines]
 
 
 def main() -> None:

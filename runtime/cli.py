@@ -18,11 +18,13 @@ from formats.devices import parse_device
 from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
 from formats.layout import ceil_div
+from formats.manifest import read_manifest
 from formats.skeleton import first_line, with_plain_attention
 from formats.texts import DATASETS, read_text, tokenize, windows_of
 from runtime.evaluate import Evaluation, Measurement, evaluate
 from runtime.load import load, resolve
 from runtime.ops import FP8_TOKENS
+from runtime.report import require_matplotlib, timings, write_report
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @click.option("--activations", type=click.Choice(["fp8"]), help="Round what enters a layer; many tokens are faster.")
 @click.option("--device", help="Where to run.  [default: cuda if there is a GPU, else cpu]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file too.")
+@click.option("--report", type=click.Path(path_type=Path, file_okay=False), help="Draw a page into this folder.")
 @click.version_option(__version__)
 def command(
     checkpoint: str,
@@ -54,6 +57,7 @@ def command(
     activations: str | None,
     device: str | None,
     json_file: Path | None,
+    report: Path | None,
 ) -> None:
     """Evaluate the int4 CHECKPOINT, a folder or a Hub id, on a text.
 
@@ -69,13 +73,16 @@ def command(
             f"--activations fp8 rounds in calls of {FP8_TOKENS} tokens and more, these have {batch_size * seq_len}; "
             f"give --batch-size {ceil_div(FP8_TOKENS, seq_len)} or more"
         )
+    if report is not None:
+        require_matplotlib()
     place = parse_device(device)
     kind = None if dtype is None else DTYPES[dtype]
     folder = resolve(checkpoint)
     model = load(folder, device=place, dtype=kind, join=False if no_join else None, activations=activations)
     original = None if reference is None else _load_reference(reference, place, kind)
     corpus = read_text(text) if text is not None else DATASETS[str(dataset)]()
-    windows = windows_of(tokenize(folder, corpus), seq_len, max_windows)
+    tokens = tokenize(folder, corpus)
+    windows = windows_of(tokens, seq_len, max_windows)
     _check_limits(model, windows, folder)
     with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar:
         result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
@@ -86,9 +93,14 @@ def command(
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
     }
-    echo(_table(result, protocol))
+    summary = _table(result, protocol)
+    echo(summary)
     if json_file is not None:
         publish_bytes(json_file, (json.dumps(as_json(result, protocol), indent=2) + "\n").encode())
+    if report is not None:
+        lengths = tokens[: seq_len * batch_size]  # no longer windows than those of the evaluation
+        write_report(report, checkpoint, summary, result, read_manifest(folder),
+                     list(timings(model, original, lengths, batch_size)))  # fmt: skip
 
 
 def _check_limits(model: Any, windows: Tensor, folder: Path) -> None:
@@ -137,16 +149,19 @@ def _table(result: Evaluation, protocol: dict[str, Any]) -> str:
     ]
     cells = [_cells(measurement) for _, measurement in columns]
     lines += [f"{label:24}" + "".join(f"{cell[label]:>14}" for cell in cells) for label in cells[0]]
-    if result.reference is not None and result.kld is not None and result.same_top1 is not None:
-        increase = result.model.perplexity / result.reference.perplexity - 1
+    if result.increase is not None and result.kld is not None and result.same_top1 is not None:
         lines += [
-            f"perplexity increase     {increase:>+14.2%}",
-            f"KL divergence, nats     {result.kld.mean:>14.4f}  mean",
+            f"perplexity increase     {result.increase:>+14.2%}{_plus_minus(result.increase_se, '.2%')}",
+            f"KL divergence, nats     {result.kld.mean:>14.4f}  mean{_plus_minus(result.kld.mean_se, '.4f')}",
             f"{'':24}{result.kld.median:>14.4f}  median",
             f"{'':24}{result.kld.p999:>14.4f}  99.9 %",
             f"same first choice       {result.same_top1:>14.2%}",
         ]
     return "\n".join(lines)
+
+
+def _plus_minus(error: float | None, form: str) -> str:
+    return "" if error is None else f" ± {error:{form}}"
 
 
 def _cells(measurement: Measurement) -> dict[str, str]:

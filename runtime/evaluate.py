@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from formats.errors import CheckpointError, UsageError
 
+BIN_EDGES = tuple(10 ** (exponent / 4) for exponent in range(-24, 9))  # 1e-6 to 100; what is beyond is at the ends
 MAX_LOSS = 700.0  # exp of it is about the largest float
 CHUNK_TOKENS = 1024  # log-probabilities in fp32 at a time: a vocabulary is large
 
@@ -18,11 +19,13 @@ CHUNK_TOKENS = 1024  # log-probabilities in fp32 at a time: a vocabulary is larg
 class Measurement:
     """One model over one text: `tokens` are those predicted; throughput counts every token of a forward pass.
 
-    `peak_memory_bytes` is the model's own tensors and the most that a forward pass allocated above them on the GPU;
-    None on a CPU, where it cannot be told apart from the rest of the process.
+    `perplexity_se` is its standard error, from how the windows differ; None for a single window. `peak_memory_bytes` is
+    the model's own tensors and the most that a forward pass allocated above them on the GPU; None on a CPU, where it
+    cannot be told apart from the rest of the process.
     """
 
     perplexity: float
+    perplexity_se: float | None
     tokens: int
     tokens_per_second: float
     weight_bytes: int
@@ -34,16 +37,24 @@ class Divergence:
     """KL(reference ‖ model) of the next-token distributions over all predicted tokens, in nats."""
 
     mean: float
+    mean_se: float | None  # its standard error, from how the windows differ
     median: float
     p999: float
+    histogram: tuple[int, ...]  # tokens in each of the bins between `BIN_EDGES`
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model's figures, and with a reference its figures and how far the two are apart."""
+    """A model's figures, and with a reference its figures and how far the two are apart.
+
+    `increase` is the perplexity's, as a share of the reference's, with its standard error: that of the differences
+    window by window, which is much smaller than either perplexity's.
+    """
 
     model: Measurement
     reference: Measurement | None = None
+    increase: float | None = None
+    increase_se: float | None = None
     kld: Divergence | None = None
     same_top1: float | None = None
 
@@ -55,8 +66,7 @@ class _Runner:
         self.model = model
         self.device = device
         self.weight_bytes = weight_bytes(model)
-        self.nll = 0.0
-        self.tokens = 0
+        self.nll: list[Tensor] = []  # of every predicted token
         self._seen = 0
         self._seconds = 0.0
         self._above: int | None = None
@@ -83,14 +93,20 @@ class _Runner:
         self.forward(batch)
         self._seconds, self._seen = 0.0, 0
 
-    def measurement(self) -> Measurement:
+    def losses(self, windows: int) -> Tensor:
+        """The mean loss of each window, fp64 [W]."""
+        return torch.cat(self.nll).double().view(windows, -1).mean(1)
+
+    def measurement(self, windows: int) -> Measurement:
         """The account so far; raises `CheckpointError` for a model whose predictions are no numbers."""
-        loss = self.nll / self.tokens
+        losses = self.losses(windows)
+        loss, error = losses.mean().item(), standard_error(losses)
         if not loss < MAX_LOSS:
             raise CheckpointError(f"the model predicts nothing: its mean loss is {loss}; are its weights damaged?")
         return Measurement(
             math.exp(loss),
-            self.tokens,
+            None if error is None else math.exp(loss) * error,
+            sum(map(len, self.nll)),
             self._seen / self._seconds,
             self.weight_bytes,
             None if self._above is None else self.weight_bytes + self._above,
@@ -135,9 +151,19 @@ def evaluate(
                 same += int((p.argmax(-1) == q.argmax(-1)).sum())
         progress(len(rows))
     if other is None:
-        return Evaluation(runner.measurement())
-    kld = torch.cat(divergences)
-    return Evaluation(runner.measurement(), other.measurement(), _summary(kld), same / kld.numel())
+        return Evaluation(runner.measurement(len(windows)))
+    found, original = (one.measurement(len(windows)) for one in (runner, other))
+    differences = runner.losses(len(windows)) - other.losses(len(windows))
+    ratio, error = math.exp(differences.mean()), standard_error(differences)
+    kld = torch.cat(divergences).double().view(len(windows), -1)
+    return Evaluation(
+        found, original, ratio - 1, None if error is None else ratio * error, _summary(kld), same / kld.numel()
+    )
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of values [W], one of each window; None for a single one."""
+    return None if len(values) < 2 else (values.std() / math.sqrt(len(values))).item()
 
 
 def _chunks(logits: Tensor, expected: Tensor | None, batch: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
@@ -157,14 +183,17 @@ def _kl_divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _account(runner: _Runner, log_probabilities: Tensor, targets: Tensor) -> None:
-    runner.nll -= log_probabilities.gather(1, targets[:, None]).double().sum().item()
-    runner.tokens += targets.numel()
+    runner.nll.append(-log_probabilities.gather(1, targets[:, None]).flatten().cpu())
 
 
 def _summary(kld: Tensor) -> Divergence:
-    ordered = kld.double().sort().values
+    """Of divergences [W, T − 1]."""
+    ordered = kld.flatten().sort().values
     last = len(ordered) - 1
-    return Divergence(ordered.mean().item(), ordered[last // 2].item(), ordered[round(0.999 * last)].item())
+    median, p999 = ordered[last // 2].item(), ordered[round(0.999 * last)].item()
+    bins = torch.bucketize(ordered, torch.tensor(BIN_EDGES[1:-1], dtype=torch.float64), right=True)
+    histogram = tuple(torch.bincount(bins, minlength=len(BIN_EDGES) - 1).tolist())
+    return Divergence(kld.mean().item(), standard_error(kld.mean(1)), median, p999, histogram)
 
 
 def weight_bytes(model: nn.Module) -> int:

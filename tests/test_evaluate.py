@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from formats.errors import CheckpointError, UsageError
 from formats.texts import windows_of
-from runtime.evaluate import evaluate, weight_bytes
+from runtime.evaluate import BIN_EDGES, evaluate, weight_bytes
 
 VOCABULARY, WINDOWS, LENGTH = 11, 5, 8
 
@@ -92,9 +92,38 @@ def test_divergence_is_that_of_the_reference_from_the_model(windows: Tensor) -> 
     assert result.kld.mean == pytest.approx(kld.mean().item(), rel=1e-5)
     assert result.kld.median == pytest.approx(kld[(len(kld) - 1) // 2].item(), rel=1e-5)
     assert result.kld.p999 == pytest.approx(kld[-1].item(), rel=1e-5)
+    assert sum(result.kld.histogram) == len(kld)
+    below = [low <= value < high for low, high in pairwise(BIN_EDGES) for value in kld[:1].tolist()]
+    assert result.kld.histogram[below.index(True)] >= 1
+    assert not any(result.kld.histogram[: below.index(True)])
     assert result.same_top1 == (log_p.argmax(-1) == log_q.argmax(-1))[tokens].double().mean().item()
     assert result.reference is not None
     assert result.reference.perplexity == pytest.approx(evaluate(reference, windows).model.perplexity)
+
+
+def test_errors_are_those_of_the_means_of_windows(windows: Tensor) -> None:
+    model, reference = Bigram(1), Bigram(2)
+    result = evaluate(model, windows, reference=reference, batch_size=2)
+    log_q, log_p = (m.table.double().log_softmax(-1) for m in (model, reference))
+    pairs = windows[:, :-1], windows[:, 1:]
+    q, p, kld = -log_q[pairs].mean(1), -log_p[pairs].mean(1), (log_p.exp() * (log_p - log_q)).sum(-1)[pairs[0]].mean(1)
+
+    def error(values: Tensor) -> float:
+        return float(values.std()) / math.sqrt(WINDOWS)
+
+    assert result.kld is not None
+    assert result.kld.mean_se == pytest.approx(error(kld), rel=1e-4)
+    assert result.model.perplexity_se == pytest.approx(q.mean().exp().item() * error(q), rel=1e-4)
+    ratio = (q - p).mean().exp().item()
+    assert result.increase == pytest.approx(ratio - 1, rel=1e-4)
+    assert result.increase_se == pytest.approx(ratio * error(q - p), rel=1e-4)
+
+
+def test_a_single_window_has_no_standard_error(windows: Tensor) -> None:
+    result = evaluate(Bigram(1), windows[:1], reference=Bigram(2))
+    assert result.model.perplexity_se is result.increase_se is None
+    assert result.kld is not None
+    assert result.kld.mean_se is None
 
 
 def test_a_model_does_not_diverge_from_itself(windows: Tensor) -> None:
