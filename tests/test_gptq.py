@@ -6,7 +6,19 @@ import torch
 from checkpoints import random
 from torch import Tensor
 
-from converter.quantize.gptq import Inputs, compensated, damped, descended, gptq, loss, nearest, weighted_search
+from converter.quantize.gptq import (
+    Codes,
+    Inputs,
+    compensated,
+    damped,
+    descended,
+    fitted_scales,
+    gptq,
+    loss,
+    nearest,
+    of_columns,
+    weighted_search,
+)
 from converter.quantize.search import search
 from formats.codec import dequantize
 from formats.errors import CheckpointError
@@ -41,7 +53,10 @@ def test_no_row_loses_more_than_by_search_and_all_much_less(scheme: Scheme) -> N
 
 def test_a_row_that_gptq_makes_worse_is_that_of_search(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, inputs, scheme = random(8, COLUMNS, dtype=torch.float32), inputs_of(correlated(1)), Scheme(32)
-    monkeypatch.setattr(MODULE, "descended", lambda values, *rest: torch.zeros_like(values))
+    monkeypatch.setattr(MODULE, "SWEEPS", 0)
+    monkeypatch.setattr(
+        MODULE, "descended", lambda codes, *rest: dataclasses.replace(codes, codes=torch.zeros_like(codes.codes))
+    )
     found, plain = gptq(weight, inputs, scheme, torch.bfloat16), search(weight, scheme, torch.bfloat16)
     assert torch.equal(found.packed, plain.packed)
     assert torch.equal(found.scale, plain.scale)
@@ -61,33 +76,70 @@ def test_what_earlier_layers_changed_is_made_up_for() -> None:
     assert errors[0] < 0.9 * errors[1]
 
 
+def case(seed: int) -> tuple[Tensor, Tensor, Codes]:
+    """A weight, a gram matrix, and the codes of plain rounding with one scale for all."""
+    weight, gram = random(6, COLUMNS, dtype=torch.float32), damped(inputs_of(correlated(seed)).gram)
+    scale, zero = torch.full((6, 2), 0.015, dtype=torch.bfloat16), torch.zeros(6, 2, dtype=torch.int8)
+    scales = of_columns(scale.float(), Scheme(32), COLUMNS)
+    return weight, gram, Codes.of(nearest(weight, scales, torch.zeros_like(scales)), scale, zero, Scheme(32))
+
+
+def lost(codes: Codes, weight: Tensor, gram: Tensor) -> Tensor:
+    return loss(codes.values(Scheme(32)) - weight, gram)
+
+
+def compensated_codes(codes: Codes, weight: Tensor, gram: Tensor) -> Codes:
+    scales, zeros = (of_columns(x.float(), Scheme(32), COLUMNS) for x in (codes.scale, codes.zero))
+    return Codes.of(compensated(weight, scales, zeros, gram), codes.scale, codes.zero, Scheme(32))
+
+
 def test_independent_inputs_leave_nothing_to_make_up_for() -> None:
-    weight, scale, zero = random(5, 16, dtype=torch.float32), torch.full((5, 16), 0.01), torch.zeros(5, 16)
-    gram = torch.diag(torch.linspace(1, 2, 16))
-    values = compensated(weight, scale, zero, gram)
-    assert torch.equal(values, nearest(weight, scale, zero))
-    assert torch.equal(descended(values, weight, scale, zero, gram), values)
+    weight, _, codes = case(3)
+    gram = torch.diag(torch.linspace(1, 2, COLUMNS))
+    assert torch.equal(compensated_codes(codes, weight, gram).codes, codes.codes)
+    assert torch.equal(descended(codes, weight, gram, Scheme(32)).codes, codes.codes)
 
 
-def test_descent_loses_less() -> None:
-    weight, gram = random(6, COLUMNS, dtype=torch.float32), damped(inputs_of(correlated(3)).gram)
-    scale, zero = torch.full_like(weight, 0.015), torch.zeros_like(weight)
-    first = compensated(weight, scale, zero, gram)
-    second = descended(first, weight, scale, zero, gram)
-    assert (loss(second - weight, gram) <= loss(first - weight, gram) * (1 + 1e-5)).all()
-    assert loss(second - weight, gram).sum() < 0.99 * loss(first - weight, gram).sum()
+def test_every_step_loses_less() -> None:
+    weight, gram, plain = case(3)
+    first = compensated_codes(plain, weight, gram)
+    second = descended(first, weight, gram, Scheme(32))
+    third = dataclasses.replace(second, scale=fitted_scales(second, weight, gram, Scheme(32)))
+    losses = [lost(codes, weight, gram) for codes in (plain, first, second, third)]
+    assert losses[1].sum() < 0.8 * losses[0].sum()
+    assert (losses[2] <= losses[1] * (1 + 1e-5)).all()
+    assert losses[2].sum() < 0.99 * losses[1].sum()
+    assert losses[3].sum() < 0.99 * losses[2].sum()
+
+
+def test_no_other_scales_fit_better() -> None:
+    weight, gram, codes = case(5)
+    scale = fitted_scales(codes, weight, gram, Scheme(32))
+    least = lost(dataclasses.replace(codes, scale=scale), weight, gram)
+    for step in (-0.02, 0.02):
+        for group in (0, 1):
+            other = scale.clone()
+            other[:, group] *= 1 + step
+            assert (least <= lost(dataclasses.replace(codes, scale=other), weight, gram) * (1 + 1e-3)).all()
+
+
+def test_a_group_of_zeros_keeps_its_scale() -> None:
+    weight, gram, codes = case(5)
+    codes.codes[2, :32] = 0
+    scale = fitted_scales(codes, weight, gram, Scheme(32))
+    assert scale.isfinite().all()
+    assert (scale != 0).all()
 
 
 def test_columns_are_made_up_for_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, gram = random(6, COLUMNS, dtype=torch.float32), damped(inputs_of(correlated(3)).gram)
-    scale, zero = torch.full_like(weight, 0.015), torch.zeros_like(weight)
-    whole = compensated(weight, scale, zero, gram)
-    swept = descended(whole, weight, scale, zero, gram)
+    weight, gram, plain = case(3)
+    whole = compensated_codes(plain, weight, gram)
+    swept = descended(whole, weight, gram, Scheme(32))
     monkeypatch.setattr(MODULE, "BLOCK_COLUMNS", 24)
-    lost = loss(compensated(weight, scale, zero, gram) - weight, gram).sum()
-    assert lost == pytest.approx(loss(whole - weight, gram).sum().item(), rel=0.02)
-    again = loss(descended(whole, weight, scale, zero, gram) - weight, gram).sum()
-    assert again == pytest.approx(loss(swept - weight, gram).sum().item(), rel=0.02)
+    again = compensated_codes(plain, weight, gram)
+    assert lost(again, weight, gram).sum() == pytest.approx(lost(whole, weight, gram).sum().item(), rel=0.02)
+    again = descended(whole, weight, gram, Scheme(32))
+    assert lost(again, weight, gram).sum() == pytest.approx(lost(swept, weight, gram).sum().item(), rel=0.02)
 
 
 @pytest.mark.parametrize("method", [gptq, weighted_search])

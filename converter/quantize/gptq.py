@@ -1,24 +1,27 @@
 """GPTQ: codes that make up for each other, column by column, in what they do to the inputs of calibration.
 
 The weight is first moved to what serves the inputs best that it will get from quantised layers before it (the mismatch
-correction of GPTAQ and Qronos). Scales and zero points are chosen beforehand, by errors that count by their inputs, so
-the columns can be taken in any order without a record of it. A sweep of coordinate descent follows.
+correction of GPTAQ and Qronos). Scales and zero points are chosen by errors that count by their inputs, so the columns
+can be taken in any order without a record of it. Then codes and scales are improved in turn: codes by a sweep of
+coordinate descent, the scales of a row, all together, by least squares.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from converter.quantize.search import best_scales
-from formats.codec import Quantized, encode, pack, pack_zero_point
+from formats.codec import Quantized, as_stored, encode, grouped, pack, pack_zero_point
 from formats.errors import CheckpointError
 from formats.layout import CODE_MAX, CODE_MIN, Scheme
 
 DAMPING = 0.01  # of the mean of the diagonal; ten times more as long as there is no factor
 MOST_DAMPING = 10.0
+SYSTEM_SIZES = 1 << 26  # numbers in the systems of equations that are solved at once
 BLOCK_COLUMNS = 128  # whose errors reach the columns behind them as one product
 CORRECTION = 0.75  # of the mismatch: the rest of it is noise of the text
+SWEEPS = 4  # of scales and codes in turn; what more would gain is in the noise of the text too
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,11 @@ def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme, scale_dtype: torch.dtyp
     scale, zero = best_scales(target, scheme, scale_dtype, gram.diagonal())
     scales, zeros = (of_columns(values.float(), scheme, weight.shape[1]) for values in (scale, zero))
     values = compensated(target, scales, zeros, gram)
-    values = descended(values, target, scales, zeros, gram)
-    found = Codes(((values / scales).round() + zeros).to(torch.int8), scale, zero)
-    plain = searched(weight.float(), scheme, scale_dtype)
-    losses = [loss(codes.values(scheme) - target, inputs.gram) for codes in (found, plain)]
-    return found.replaced(losses[1] < losses[0], plain).packed(scheme)
+    found = descended(Codes.of(values, scale, zero, scheme), target, gram, scheme)
+    for _ in range(SWEEPS):
+        refitted = replace(found, scale=fitted_scales(found, target, gram, scheme))
+        found = better_rows(found, descended(refitted, target, gram, scheme), target, gram, scheme)
+    return better_rows(found, searched(weight.float(), scheme, scale_dtype), target, inputs.gram, scheme).packed(scheme)
 
 
 def weighted_search(weight: Tensor, inputs: Inputs, scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:
@@ -66,15 +69,19 @@ class Codes:
     scale: Tensor
     zero: Tensor
 
+    @classmethod
+    def of(cls, values: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> "Codes":
+        """From values (code − zero) · scale fp32 [N, K]."""
+        scales, zeros = (of_columns(x.float(), scheme, values.shape[1]) for x in (scale, zero))
+        return cls(((values / scales).round() + zeros).to(torch.int8), scale, zero)
+
+    def levels(self, scheme: Scheme) -> Tensor:
+        """Codes less their zero points, fp32 [N, K]."""
+        return self.codes - of_columns(self.zero.float(), scheme, self.codes.shape[1])
+
     def values(self, scheme: Scheme) -> Tensor:
         """Ŵ fp32 [N, K]."""
-        scale, zero = (of_columns(x.float(), scheme, self.codes.shape[1]) for x in (self.scale, self.zero))
-        return (self.codes - zero) * scale
-
-    def replaced(self, rows: Tensor, other: "Codes") -> "Codes":
-        """This one, with those of `rows` bool [N] from the other."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Codes(*(torch.where(rows.unsqueeze(1), theirs, ours) for ours, theirs in pairs))
+        return self.levels(scheme) * of_columns(self.scale.float(), scheme, self.codes.shape[1])
 
     def packed(self, scheme: Scheme) -> Quantized:
         """The format's tensors."""
@@ -123,9 +130,10 @@ def compensated(target: Tensor, scale: Tensor, zero: Tensor, gram: Tensor) -> Te
     return values[:, order.argsort()]
 
 
-def descended(values: Tensor, target: Tensor, scale: Tensor, zero: Tensor, gram: Tensor) -> Tensor:
-    """`values` after each column took the codes that are best as the others stand: a sweep of coordinate descent."""
-    values = values.clone()
+def descended(codes: Codes, target: Tensor, gram: Tensor, scheme: Scheme) -> Codes:
+    """With the code in each column that is best as the others stand: a sweep of coordinate descent."""
+    scale, zero = (of_columns(x.float(), scheme, target.shape[1]) for x in (codes.scale, codes.zero))
+    values = codes.values(scheme)
     slope = (values - target) @ gram
     for start in range(0, values.shape[1], BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, values.shape[1])
@@ -135,7 +143,36 @@ def descended(values: Tensor, target: Tensor, scale: Tensor, zero: Tensor, gram:
             slope[:, i + 1 : end] += (best - values[:, i]).unsqueeze(1) * gram[i, i + 1 : end]
             values[:, i] = best
         slope[:, end:] += (values[:, start:end] - before) @ gram[start:end, end:]
-    return values
+    return Codes.of(values, codes.scale, codes.zero, scheme)
+
+
+def fitted_scales(codes: Codes, target: Tensor, gram: Tensor, scheme: Scheme) -> Tensor:
+    """The scales [N, G], as stored, with which the codes come nearest to `target`: those of a row all together."""
+    levels, wanted = codes.levels(scheme), target @ gram
+    block = max(1, SYSTEM_SIZES // scheme.groups(target.shape[1]) ** 2)
+    parts = zip(torch.split(levels, block), torch.split(wanted, block), strict=True)
+    exact = torch.cat([_least_squares(part, products, gram, scheme) for part, products in parts])
+    return torch.where(exact.isfinite() & (exact != 0), as_stored(exact, codes.scale.dtype), codes.scale)
+
+
+def _least_squares(levels: Tensor, wanted: Tensor, gram: Tensor, scheme: Scheme) -> Tensor:
+    """The exact scales [N, G] of `levels` [N, K], for `wanted` = target · gram."""
+    columns, width = levels.shape[1], scheme.group_width(levels.shape[1])
+    right = grouped(levels * wanted, scheme).sum(-1)
+    left = torch.empty(*right.shape, right.shape[1], device=right.device)
+    for i in range(right.shape[1]):
+        part = slice(i * width, min((i + 1) * width, columns))
+        left[:, i] = grouped((levels[:, part] @ gram[part]) * levels, scheme).sum(-1)
+    tiny = left.diagonal(dim1=1, dim2=2).mean() * 1e-6  # for groups whose codes are all 0
+    return torch.linalg.solve(left + tiny * torch.eye(right.shape[1], device=right.device), right)
+
+
+def better_rows(one: Codes, other: Codes, target: Tensor, gram: Tensor, scheme: Scheme) -> Codes:
+    """The rows of `one`, or those of `other` that lose less."""
+    losses = [loss(codes.values(scheme) - target, gram) for codes in (one, other)]
+    worse = (losses[1] < losses[0]).unsqueeze(1)
+    pairs = zip(vars(one).values(), vars(other).values(), strict=True)
+    return Codes(*(torch.where(worse, theirs, ours) for ours, theirs in pairs))
 
 
 def nearest(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
