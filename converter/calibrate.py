@@ -207,14 +207,19 @@ class Calibration:
 
 
 def decoder_layers(model: nn.Module, matrices: set[str]) -> tuple[str, nn.ModuleList]:
-    """The outermost list of layers that hold `matrices`, with the prefix of their names; raises `CheckpointError`."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and any(matrix.startswith(f"{name}.") for matrix in matrices):
-            return f"{name}.", module
-    raise CheckpointError(
-        f"{type(model).__name__}: has no list of layers that holds the linear layers to quantise; "
-        "convert it without --calibration"
-    )
+    """The list of layers that holds the most of `matrices`, the outermost of them, with the prefix of its names.
+
+    Raises `CheckpointError` where there is none.
+    """
+    lists = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    held = {prefix: sum(matrix.startswith(prefix) for matrix in matrices) for prefix in lists}
+    prefix = max(held, key=lambda name: held[name], default=None)
+    if prefix is None or not held[prefix]:
+        raise CheckpointError(
+            f"{type(model).__name__}: has no list of layers that holds the linear layers to quantise; "
+            "convert it without --calibration"
+        )
+    return prefix, lists[prefix]
 
 
 class Recorder(nn.Module):

@@ -120,6 +120,14 @@ def test_matrices_that_saw_too_few_tokens_go_by_search(opened: Source, windows: 
     assert [report.too_few for report in reports] == [(f"model.layers.{i}.mlp.down_proj.weight",) for i in range(3)]
 
 
+@pytest.mark.gpu
+def test_a_gpu_calibrates_as_well(calibrated: Path, opened: Source, windows: Tensor, tmp_path: Path) -> None:
+    manifest = convert(opened, plan_of(opened), tmp_path / "out", torch.device("cuda"), windows=windows)
+    expected = errors_of(read_manifest(calibrated))
+    for name, error in errors_of(manifest).items():
+        assert error == pytest.approx(expected[name], rel=0.1)
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -148,6 +156,13 @@ def test_the_input_of_a_layer_is_rows_of_tokens() -> None:
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no list of layers"):
         decoder_layers(Layer(), {"down.weight"})
+
+
+def test_the_list_with_the_most_matrices_holds_the_layers() -> None:
+    model = nn.Module()
+    model.eyes, model.layers = nn.ModuleList([Layer()]), nn.ModuleList([Layer(), Layer()])
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert decoder_layers(model, names) == ("layers.", model.layers)
 
 
 def run(*arguments: object) -> Result:

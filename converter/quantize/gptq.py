@@ -115,8 +115,8 @@ def compensated(target: Tensor, scale: Tensor, zero: Tensor, gram: Tensor) -> Te
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
     w, scale, zero = target[:, order], scale[:, order], zero[:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order]))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    # In one expression, so that no matrix stays that is not needed: they are as large as a layer.
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order])), upper=True)
     values = torch.empty_like(w)
     for start in range(0, w.shape[1], BLOCK_COLUMNS):
         end = min(start + BLOCK_COLUMNS, w.shape[1])
@@ -164,7 +164,8 @@ def _least_squares(levels: Tensor, wanted: Tensor, gram: Tensor, scheme: Scheme)
         part = slice(i * width, min((i + 1) * width, columns))
         left[:, i] = grouped((levels[:, part] @ gram[part]) * levels, scheme).sum(-1)
     tiny = left.diagonal(dim1=1, dim2=2).mean() * 1e-6  # for groups whose codes are all 0
-    return torch.linalg.solve(left + tiny * torch.eye(right.shape[1], device=right.device), right)
+    found: Tensor = torch.linalg.solve(left + tiny * torch.eye(right.shape[1], device=right.device), right)
+    return found
 
 
 def better_rows(one: Codes, other: Codes, target: Tensor, gram: Tensor, scheme: Scheme) -> Codes:
