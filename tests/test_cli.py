@@ -237,6 +237,17 @@ def test_a_full_disk_behind_standard_output_ends_with_5_and_one_line(converted: 
     assert (code, error.count("\n"), "No space left on device" in error) == (5, 1, True)
 
 
+def test_eval_draws_a_report(call: Call, converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    text = EXAMPLE.parent / "tiny-llama.heldout.txt"
+    arguments = ["--text", text, "--seq-len", 64, "--max-windows", 2, "--report", tmp_path / "report"]
+    result = call("int4-eval", converted, *arguments)
+    assert result.code == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert result.out.splitlines()[0] in page  # the table that was printed
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"model", "layers", "times"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="written for a CPU")
 def test_eval_prints_a_table_and_writes_json(call: Call, converted: Path, tmp_path: Path) -> None:
     text = EXAMPLE.parent / "tiny-llama.heldout.txt"
@@ -247,10 +258,12 @@ def test_eval_prints_a_table_and_writes_json(call: Call, converted: Path, tmp_pa
     assert result.code == 0
     assert "8 windows of 64 tokens, float32, cpu" in result.out
     fields = json.loads((tmp_path / "eval.json").read_text())
-    figures = {"perplexity", "tokens", "tokens_per_second", "weight_bytes", "peak_memory_bytes"}
+    figures = {"perplexity", "perplexity_se", "tokens", "tokens_per_second", "weight_bytes", "peak_memory_bytes"}
     assert figures <= fields.keys()
     assert fields["reference"].keys() == figures
-    assert fields["kld"].keys() == {"mean", "median", "p999"}
+    assert fields["kld"].keys() == {"mean", "mean_se", "median", "p999", "histogram"}
+    assert fields["increase"] == pytest.approx(fields["perplexity"] / fields["reference"]["perplexity"] - 1)
+    assert 0 < fields["increase_se"] < fields["perplexity_se"]
     assert fields["tokens"] == fields["reference"]["tokens"] == 8 * 63
     assert 1 < fields["perplexity"] / fields["reference"]["perplexity"] < 1.3
     assert 0 < fields["kld"]["mean"] < 0.3
