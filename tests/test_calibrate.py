@@ -17,6 +17,7 @@ from converter.plan import Plan, make_plan
 from converter.prepared import FOLDER_NAME, PreparedLayers
 from converter.source import Source, open_source
 from formats.errors import CheckpointError
+from formats.files import PARTIAL_SUFFIX
 from formats.layout import Scheme
 from formats.manifest import CalibrationRecord, Manifest, read_manifest
 from formats.texts import drawn_windows, read_text, tokenize
@@ -97,12 +98,24 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 
 
 def test_other_options_begin_anew(opened: Source, windows: Tensor, tmp_path: Path) -> None:
-    matrices = dict.fromkeys(["a"])
     first, second = PreparedLayers(tmp_path, "one"), PreparedLayers(tmp_path, "two")
     first.write_layer(0, {})
     assert first.read_layer(0) == {}
     assert second.read_layer(0) is None
-    assert second.find(next(iter(matrices))) is None
+    assert second.find("a") is None
+
+
+def test_only_files_of_layers_are_removed(tmp_path: Path) -> None:
+    layers = PreparedLayers(tmp_path, "key")
+    layers.write_layer(0, {})
+    foreign = tmp_path / FOLDER_NAME / "notes.txt"
+    foreign.write_text("mine")
+    (tmp_path / FOLDER_NAME / f"layer-00001.safetensors.0123abcd{PARTIAL_SUFFIX}").touch()
+    layers.clear()
+    assert list((tmp_path / FOLDER_NAME).iterdir()) == [foreign]
+    foreign.unlink()
+    layers.clear()
+    assert not (tmp_path / FOLDER_NAME).exists()
 
 
 def test_a_file_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
