@@ -19,7 +19,8 @@ from formats.layout import CODES_PER_WORD, ceil_div, scale_dtype_for
 from formats.manifest import ErrorRecord, FileRecord, Recipe, TensorRecord
 from formats.tensors import TORCH_DTYPES, bytes_of, tensor_from
 
-BLOCK_WEIGHTS = 1 << 24  # on the device at a time; groups lie within rows, so the size changes no byte
+# On the device at a time: what a cache holds, what fills a GPU. Groups lie within rows, so the size changes no byte.
+BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def convert_shard(
@@ -59,7 +60,7 @@ def convert_tensor(
         return {plan.name: data}, None
     weight, scheme = tensor_from(data, plan.spec), recipe.scheme
     stored = {name: bytearray() for name in plan.stored}
-    total = torch.zeros(5, dtype=torch.float64)
+    total = torch.zeros(4, dtype=torch.float64)
     for block, quantized in _blocks(plan, weight, recipe, device, prepared):
         for name, tensor in zip(stored, quantized.tensors(), strict=True):
             stored[name] += bytes_of(tensor)
@@ -78,7 +79,7 @@ def _blocks(
     """Blocks of whole rows on the device, a multiple of 8 of them because zero points are packed along the rows."""
     method = METHODS.get(recipe.method, search)  # what calibration does not reach
     scale_dtype = TORCH_DTYPES[scale_dtype_for(plan.spec.dtype)]
-    rows = ceil_div(BLOCK_WEIGHTS, weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
+    rows = ceil_div(BLOCK_WEIGHTS[device.type], weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
     for start in range(0, len(weight), rows):
         block = weight[start : start + rows].to(device)
         if prepared is not None:

@@ -124,13 +124,14 @@ def dequantize(quantized: Quantized, columns: int, scheme: Scheme, dtype: torch.
 
 def check_finite(weight: Tensor, where: str = "weight") -> None:
     """Raise `NonFiniteError` with count and first place if `weight` [N, K] holds NaN or infinity."""
+    if not weight.numel() or weight.abs().amax().isfinite():  # amax passes NaN on; half the time of looking at each
+        return
     bad = ~torch.isfinite(weight)
-    if bad.any():
-        row, column = (int(i) for i in bad.nonzero()[0])
-        raise NonFiniteError(
-            f"{where}: {int(bad.sum())} of {weight.numel()} weights are NaN or infinite, first at row {row}, "
-            f"column {column}; expected finite numbers: repair the source, or keep this tensor with --exclude"
-        )
+    row, column = (int(i) for i in bad.nonzero()[0])
+    raise NonFiniteError(
+        f"{where}: {int(bad.sum())} of {weight.numel()} weights are NaN or infinite, first at row {row}, "
+        f"column {column}; expected finite numbers: repair the source, or keep this tensor with --exclude"
+    )
 
 
 def check_scale(scale: Tensor) -> None:
