@@ -80,6 +80,7 @@ class Calibration:
                 prepared.write_layer(index, matrices)
             for name, matrix in matrices.items():
                 self.replace(rounded, index, name, matrix)
+            layer.to(self.device)
             for i in range(len(original)):
                 original[i] = self.forward(calls[index], layer, original[i])
                 current[i] = self.forward(calls[index], rounded, current[i])
@@ -182,6 +183,7 @@ class Calibration:
         self, name: str, layer: nn.Module, rounded: nn.Module, call: Call, original: list[Tensor], current: list[Tensor]
     ) -> Inputs:
         """What comes into the linear layer `name` of the original and of the rounded layer."""
+        layer.to(self.device)
         columns: Any = rounded.get_submodule(name).in_features
         gram = torch.zeros(columns, columns, device=self.device)
         drift: Tensor | None = torch.zeros_like(gram)
@@ -193,6 +195,7 @@ class Calibration:
             if drift is not None:  # experts may be given other tokens: nothing to compare then
                 drift = drift + (x - seen).T @ seen if x.shape == seen.shape else None
             tokens += len(seen)
+        layer.to("cpu")  # room for what rounds
         count = max(1, tokens)
         return Inputs(gram / count, None if drift is None else drift / count, tokens)
 

@@ -89,8 +89,7 @@ def lost(codes: Codes, weight: Tensor, gram: Tensor) -> Tensor:
 
 
 def compensated_codes(codes: Codes, weight: Tensor, gram: Tensor) -> Codes:
-    scales, zeros = (of_columns(x.float(), Scheme(32), COLUMNS) for x in (codes.scale, codes.zero))
-    return Codes.of(compensated(weight, scales, zeros, gram), codes.scale, codes.zero, Scheme(32))
+    return compensated(weight, codes.scale, codes.zero, gram, Scheme(32))
 
 
 def test_independent_inputs_leave_nothing_to_make_up_for() -> None:
