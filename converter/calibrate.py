@@ -78,8 +78,9 @@ class Calibration:
             if matrices is None:
                 matrices, too_few = self.quantized(index, layer, rounded, calls[index], original, current)
                 prepared.write_layer(index, matrices)
-            for name, matrix in matrices.items():
-                self.replace(rounded, index, name, matrix)
+            else:
+                for name, matrix in matrices.items():
+                    self.replace(rounded, index, name, matrix)
             layer.to(self.device)
             for i in range(len(original)):
                 original[i] = self.forward(calls[index], layer, original[i])
@@ -103,8 +104,6 @@ class Calibration:
                 hidden.append(recorders[0].hidden.cpu())
                 if len(hidden) == 1:
                     calls = [Call(recorder.args, recorder.kwargs) for recorder in recorders]
-        except CheckpointError:
-            raise
         except Exception as error:  # whatever the model's own code makes of it
             raise CheckpointError(
                 f"{self.source.folder}: cannot be calibrated ({first_line(error)}); convert it without --calibration"
@@ -172,11 +171,11 @@ class Calibration:
                     found = search(weight, self.scheme, scale_dtype)
                 else:
                     found = self.method(weight, inputs, self.scheme, scale_dtype)
-                difference = dequantize(found, weight.shape[1], self.scheme) - weight
+                values = dequantize(found, weight.shape[1], self.scheme)
                 size = loss(weight, inputs.gram).sum()
-                error = (loss(difference, inputs.gram).sum() / size).item() if size else 0.0
+                error = (loss(values - weight, inputs.gram).sum() / size).item() if size else 0.0
                 done[full] = Prepared(found, error)
-                self.replace(rounded, index, full, done[full])
+                linears[name].weight.data = values
         return done, too_few
 
     def inputs(

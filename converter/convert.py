@@ -64,7 +64,7 @@ def convert(
 
 def _key(source: Source, recipe: Recipe) -> str:
     """What layers that are quantised depend on: every option, and the files of the source as they are."""
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name in source.shards
-             for stat in [(source.folder / name).stat()]]  # fmt: skip
-    text = canonical({"recipe": to_json(recipe), "source": source.id, "files": [list(file) for file in files]})
+    stats = {name: (source.folder / name).stat() for name in source.shards}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    text = canonical({"recipe": to_json(recipe), "source": source.id, "files": files})
     return hashlib.sha256(text).hexdigest()

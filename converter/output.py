@@ -224,10 +224,8 @@ class OutputDir:
 
     def _refuse_full_disk(self, ours: list[Path]) -> None:
         side_files = sum((self.source.folder / name).stat().st_size for name in self.source.side_files)
-        stored = self.plan.sizes.stored_bytes * (
-            1 if self.plan.recipe.calibration is None else 2
-        )  # with prepared layers
-        needed = stored + side_files + SPARE_BYTES
+        copies = 1 if self.plan.recipe.calibration is None else 2  # calibration keeps its layers until the end
+        needed = copies * self.plan.sizes.stored_bytes + side_files + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in ours)
         if free < needed:
             raise OutputError(

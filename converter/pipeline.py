@@ -14,13 +14,11 @@ from converter.quantize import METHODS
 from converter.quantize.search import search
 from converter.source import Source
 from formats.codec import Quantized, check_finite
+from formats.devices import block_weights
 from formats.errors import NonFiniteError
 from formats.layout import CODES_PER_WORD, ceil_div, scale_dtype_for
 from formats.manifest import ErrorRecord, FileRecord, Recipe, TensorRecord
 from formats.tensors import TORCH_DTYPES, bytes_of, tensor_from
-
-# On the device at a time: what a cache holds, what fills a GPU. Groups lie within rows, so the size changes no byte.
-BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def convert_shard(
@@ -76,10 +74,13 @@ def convert_tensor(
 def _blocks(
     plan: TensorPlan, weight: Tensor, recipe: Recipe, device: torch.device, prepared: Prepared | None
 ) -> Iterator[tuple[Tensor, Quantized]]:
-    """Blocks of whole rows on the device, a multiple of 8 of them because zero points are packed along the rows."""
+    """Blocks of whole rows on the device, a multiple of 8 of them because zero points are packed along the rows.
+
+    Groups lie within rows, so the size of the blocks changes no byte.
+    """
     method = METHODS.get(recipe.method, search)  # what calibration does not reach
     scale_dtype = TORCH_DTYPES[scale_dtype_for(plan.spec.dtype)]
-    rows = ceil_div(BLOCK_WEIGHTS[device.type], weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
+    rows = ceil_div(block_weights(device), weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
     for start in range(0, len(weight), rows):
         block = weight[start : start + rows].to(device)
         if prepared is not None:

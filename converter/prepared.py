@@ -42,7 +42,7 @@ class PreparedLayers:
             with Container(path) as container:
                 if container.metadata.get("key") != self.key:
                     return None
-                found = {name: _read(container, name) for name in _errors(container)}
+                found = {name: _read(container, name, error) for name, error in _errors(container).items()}
         except CheckpointError:  # cut short: made again
             return None
         self._file_of |= dict.fromkeys(found, path)
@@ -71,7 +71,7 @@ class PreparedLayers:
         if name not in self._file_of:
             return None
         with Container(self._file_of[name]) as container:
-            return _read(container, name)
+            return _read(container, name, _errors(container)[name])
 
     def clear(self) -> None:
         """Remove the files of layers, whole or half-made, and the folder if nothing else is in it."""
@@ -91,11 +91,11 @@ def _errors(container: Container) -> dict[str, float]:
     return found
 
 
-def _read(container: Container, name: str) -> Prepared:
+def _read(container: Container, name: str, output_error: float) -> Prepared:
     packed, scale, zero_point = (
         tensor_from(container.read(stored), container.tensors[stored].spec) if stored in container.tensors else None
         for stored in (name + PACKED, name + SCALE, name + ZERO_POINT)
     )
     if packed is None or scale is None:
         raise CheckpointError(f"{container.path}: lacks {name!r}")
-    return Prepared(Quantized(packed, scale, zero_point), _errors(container)[name])
+    return Prepared(Quantized(packed, scale, zero_point), output_error)

@@ -8,6 +8,14 @@ from formats.errors import UsageError
 
 HAS_TRITON = find_spec("triton") is not None  # not on every platform; elsewhere torch does the work
 
+# Weights that a device works on at a time: what the cache of a CPU holds, what fills a GPU.
+BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+def block_weights(device: torch.device) -> int:
+    """How many weights `device` works on at a time; any device that is no CPU counts as a GPU."""
+    return BLOCK_WEIGHTS.get(device.type, BLOCK_WEIGHTS["cuda"])
+
 
 def parse_device(name: torch.device | str | None) -> torch.device:
     """The device `name`, or without one the GPU if there is one, else the CPU.

@@ -28,12 +28,17 @@ def read_text(path: Path) -> str:
 
 def wikitext2() -> str:
     """The test split of WikiText-2 raw as the standard protocol joins it; the file's SHA-256 is checked."""
-    archive = download(WIKITEXT_REPO, allow=[WIKITEXT_ZIP], repo_type="dataset") / WIKITEXT_ZIP
-    with zipfile.ZipFile(archive) as files:
-        raw = files.read(WIKITEXT_TEST)
+    archive, raw = _wikitext(WIKITEXT_TEST)
     if hashlib.sha256(raw).hexdigest() != WIKITEXT_SHA256:
         raise CheckpointError(f"{archive}: {WIKITEXT_TEST} is not the official test split; delete it and run again")
     return join_rows(raw.decode("utf-8"))
+
+
+def _wikitext(name: str) -> tuple[Path, bytes]:
+    """The archive of WikiText-2 raw, and the file `name` of it."""
+    archive = download(WIKITEXT_REPO, allow=[WIKITEXT_ZIP], repo_type="dataset") / WIKITEXT_ZIP
+    with zipfile.ZipFile(archive) as files:
+        return archive, files.read(name)
 
 
 def join_rows(raw: str) -> str:
@@ -44,9 +49,8 @@ def join_rows(raw: str) -> str:
 
 def wikitext2_train() -> str:
     """The training split of WikiText-2 raw, joined like the other."""
-    archive = download(WIKITEXT_REPO, allow=[WIKITEXT_ZIP], repo_type="dataset") / WIKITEXT_ZIP
-    with zipfile.ZipFile(archive) as files:
-        return join_rows(files.read(WIKITEXT_TRAIN).decode("utf-8"))
+    _, raw = _wikitext(WIKITEXT_TRAIN)
+    return join_rows(raw.decode("utf-8"))
 
 
 DATASETS: dict[str, Callable[[], str]] = {"wikitext2": wikitext2}

@@ -16,6 +16,7 @@ from converter import pipeline
 from converter.output import JOURNAL_NAME, LOCK_NAME
 from formats import codec
 from formats.checkpoint import Checkpoint
+from formats.devices import BLOCK_WEIGHTS
 from formats.errors import CheckpointError, NonFiniteError, OutputError, TemporaryError
 from formats.files import lock
 from formats.layout import Scheme
@@ -72,7 +73,7 @@ def test_blocks_of_rows_change_no_byte(
     source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert_folder(source, out, Scheme(8, symmetric=False))
-    monkeypatch.setitem(pipeline.BLOCK_WEIGHTS, "cpu", 1)
+    monkeypatch.setitem(BLOCK_WEIGHTS, "cpu", 1)
     convert_folder(source, tmp_path / "blocks", Scheme(8, symmetric=False))
     assert contents(out) == contents(tmp_path / "blocks")
 
@@ -131,7 +132,7 @@ def test_a_weight_that_is_not_finite_stops_the_conversion(tmp_path: Path, out: P
 def test_the_place_of_a_bad_weight_is_that_in_the_file(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pipeline.BLOCK_WEIGHTS, "cpu", 1)
+    monkeypatch.setitem(BLOCK_WEIGHTS, "cpu", 1)
     test_a_weight_that_is_not_finite_stops_the_conversion(tmp_path, out, float("nan"))
 
 

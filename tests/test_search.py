@@ -8,8 +8,9 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from converter.cli import command
-from converter.quantize.search import BLOCK_WEIGHTS, search
+from converter.quantize.search import search
 from formats import codec
+from formats.devices import BLOCK_WEIGHTS
 from formats.errors import NonFiniteError
 from formats.layout import CODE_MAX, CODE_MIN, Scheme
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.codec import Quantized, absmax, as_stored, check_finite, encoded, grouped
-from formats.devices import HAS_TRITON
+from formats.devices import HAS_TRITON, block_weights
 from formats.layout import CODE_MAX, CODE_MIN, CODES_PER_WORD, Scheme, ceil_div
 
 COARSE = range(38, 72, 3)  # ratios of a scale to that of the whole range, in 64ths
@@ -15,7 +15,6 @@ FINE = range(125, 132)  # and to the best of those, in 128ths: exact in fp32, as
 SIGNS, SHIFTS = (1.0, -1.0), (0.0, -1.0, 1.0)  # of the scale; of the zero point
 GROUP_LANES, MOST_LANES = 4, 1024  # of a GPU for a group; at least 64 bytes of 16-bit weights, side by side
 LANE_WORDS = 8  # for each of them, on their way at once
-BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # looked at together: what a cache holds, what fills a GPU
 
 Sum = Callable[[Tensor], Tensor]
 
@@ -70,7 +69,7 @@ def best_scales(
     columns = columns.expand(*groups.shape[:2], 1).reshape(-1, 1)
     padding = (0, CODES_PER_WORD * padded_words(weight, scheme) - width)
     rows = F.pad(groups.flatten(0, 1), padding)
-    block = max(1, BLOCK_WEIGHTS[weight.device.type] // rows.shape[1])
+    block = max(1, block_weights(weight.device) // rows.shape[1])
     if importance is None:
         counts = zip(torch.split(rows, block), torch.split(columns, block), strict=True)
         weighed = ((part, _by_size(part, count)) for part, count in counts)

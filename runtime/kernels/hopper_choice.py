@@ -155,7 +155,8 @@ def _choose(size: Size) -> Choice:
     if same:
         return same[0]
     choices = (choice for entry in entries for choice in entry.choice.with_splits())
-    return min((one for one in choices if one.takes(size)), key=lambda one: measured.estimate(size, one))
+    different = {(one.kernel, *one.options.items()): one for one in choices}.values()  # many sizes share theirs
+    return min((one for one in different if one.takes(size)), key=lambda one: measured.estimate(size, one))
 
 
 @cache
