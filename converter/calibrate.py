@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from converter.plan import Plan
 from converter.prepared import Prepared, PreparedLayers
 from converter.quantize import CALIBRATED
-from converter.quantize.gptq import Inputs, loss
+from converter.quantize.gptq import Inputs, dampen
 from converter.quantize.search import search
 from converter.source import Source
 from formats.codec import dequantize
@@ -172,8 +172,8 @@ class Calibration:
                 else:
                     found = self.method(weight, inputs, self.scheme, scale_dtype)
                 values = dequantize(found, weight.shape[1], self.scheme)
-                size = loss(weight, inputs.gram).sum()
-                error = (loss(values - weight, inputs.gram).sum() / size).item() if size else 0.0
+                size = inputs.loss(weight).sum()
+                error = (inputs.loss(values - weight).sum() / size).item() if size else 0.0
                 done[full] = Prepared(found, error)
                 linears[name].weight.data = values
         return done, too_few
@@ -190,13 +190,15 @@ class Calibration:
         for before, now in zip(original, current, strict=True):
             x = input_of(layer, name, call, before.to(self.device))
             seen = input_of(rounded, name, call, now.to(self.device))
-            gram += seen.T @ seen
+            gram.addmm_(seen.T, seen)
             if drift is not None:  # experts may be given other tokens: nothing to compare then
-                drift = drift + (x - seen).T @ seen if x.shape == seen.shape else None
+                drift = drift.addmm_((x - seen).T, seen) if x.shape == seen.shape else None
             tokens += len(seen)
         layer.to("cpu")  # room for what rounds
-        count = max(1, tokens)
-        return Inputs(gram / count, None if drift is None else drift / count, tokens)
+        for matrix in (gram, drift):
+            if matrix is not None:
+                matrix /= max(1, tokens)
+        return Inputs(gram, dampen(gram) if tokens >= columns else 0.0, drift, tokens)
 
     def replace(self, rounded: nn.Module, index: int, full: str, matrix: Prepared) -> None:
         """Put the rounded values in the place of a weight."""

@@ -18,7 +18,7 @@ from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
 from converter.source import open_source
 from formats import __version__
 from formats.command import echo, run
-from formats.devices import parse_device
+from formats.devices import parse_device, peak_memory
 from formats.errors import UsageError, some
 from formats.layout import Scheme
 from formats.manifest import CalibrationRecord
@@ -73,12 +73,12 @@ def command(
     _check_method(method, calibration)
     chosen = parse_device(device)
     source = open_source(model, revision, quiet=quiet)
-    windows = record = None
+    windows = text_record = None
     if calibration is not None:
         text = calibration_text(calibration)
         windows = drawn_windows(tokenize(source.folder, text), seq_len, max(1, calibration_tokens // seq_len), seed)
-        record = CalibrationRecord(hashlib.sha256(text.encode()).hexdigest(), len(windows), seq_len, seed)
-    recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude, record)
+        text_record = CalibrationRecord(hashlib.sha256(text.encode()).hexdigest(), len(windows), seq_len, seed)
+    recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude, text_record)
     plan = make_plan(source, recipe)
     if dry_run:
         _print_plan(plan, as_json)
@@ -94,10 +94,13 @@ def command(
             windows=windows, overwrite=overwrite, progress=done.update, calibrated=partial(_show_layer, layers),
         )  # fmt: skip
         seconds = time.monotonic() - started
+    host, gpu = peak_memory(chosen)
     if as_json:
-        echo(json.dumps({**dataclasses.asdict(manifest.sizes), "seconds": round(seconds, 3)}))
+        spent = {"seconds": round(seconds, 3), "peak_host_bytes": host, "peak_gpu_bytes": gpu}
+        echo(json.dumps({**dataclasses.asdict(manifest.sizes), **spent}))
     elif not quiet:
-        echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {chosen}")
+        memory = f"{host / 1e9:.1f} GB of memory" + (f" and {gpu / 1e9:.1f} GB of the GPU's" if gpu else "")
+        echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {chosen} with at most {memory}")
 
 
 def _check_method(method: str, calibration: str | None) -> None:

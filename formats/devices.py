@@ -1,5 +1,7 @@
 """Which device computes, and whether Triton can."""
 
+import resource
+import sys
 from importlib.util import find_spec
 
 import torch
@@ -31,3 +33,10 @@ def parse_device(name: torch.device | str | None) -> torch.device:
         reason = str(error).splitlines()[0][:120]
         raise UsageError(f"device {str(name)!r}: {reason}; use cpu, or a GPU that is there") from None
     return device
+
+
+def peak_memory(device: torch.device) -> tuple[int, int]:
+    """The most bytes that this process held so far: on the host, and what torch allocated on a GPU `device` (or 0)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

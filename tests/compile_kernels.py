@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from converter.quantize.kernels import quantize_kernel
+from converter.quantize.kernels.sweep import TILE_ROWS, sweep_kernel
 from runtime.kernels import hopper, hopper_choice, hopper_fp8, hopper_prefill, launch
 from runtime.kernels.matmul import matmul_kernel
 from runtime.kernels.splitk import reduce_kernel as splitk_reduce_kernel
@@ -35,6 +36,7 @@ POINTERS = {
     "w_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16", "bias_ptr": "*bf16", "packed_ptr": "*i32",
     "words_ptr": "*i32", "scale_ptr": "*bf16", "zero_ptr": "*i32", "bad_ptr": "*i32", "partial_ptr": "*fp32",
 }  # fmt: skip
+FP32 = dict.fromkeys(("wanted_ptr", "before_ptr", "pull_ptr", "scale_ptr", "zero_ptr", "lost_ptr"), "*fp32")
 ALIGNED = (*POINTERS, "N", "K", "words", "columns")  # multiples of 16 where shapes are, as Triton finds at a launch
 TILE = {"SYMMETRIC": True, "ONE_SCALE": True, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_K": 128}
 ABSMAX = {"SEARCH": False, "SMALLEST": 2.0**-126, "WHOLE": True}
@@ -47,6 +49,7 @@ PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
                           "groups": 1}),  # a 1 is a constant for Triton
     "search": (quantize_kernel, {
         **ABSMAX, "SEARCH": True, "SYMMETRIC": False, "GROUPS": 32, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),
+    "sweep": (sweep_kernel, {"HAS_BEFORE": True, "ROWS": TILE_ROWS, "COLUMNS": 128}),
     "matmul": (matmul_kernel, {**TILE, "HAS_BIAS": True, "BLOCK_N": 128, "BLOCK_M": 128}),
     "matmul, scales inside": (matmul_kernel, {**TILE, "HAS_BIAS": False, "ONE_SCALE": False, "BLOCK_K": 32}),
     "splitk": (splitk_kernel, TILE),
@@ -69,6 +72,8 @@ def portable() -> Iterator[tuple[str, str, Any]]:
         signature |= dict.fromkeys(constants, "constexpr")
         if name.endswith("fp32"):
             signature["w_ptr"] = "*fp32"
+        if kernel is sweep_kernel:
+            signature |= FP32
         options = {"num_warps": 8 if constants.get("BLOCK_M") == 128 else 4}
         for chip, target in TARGETS.items():
             source = ASTSource(kernel, signature, constants, aligned(kernel.arg_names))

@@ -51,7 +51,8 @@ def test_convert_says_what_it_did(call: Call, source: Path, out: Path) -> None:
     result = call("int4-convert", source, out, "--group-size", 8, "--device", "cpu")
     assert result.code == 0
     assert re.fullmatch(
-        r".*/out: 2 tensors quantised at 6\.\d\d bits a weight, 4 kept, 0\.0 MB -> 0\.0 MB .*, \d+\.\d s on cpu\n",
+        r".*/out: 2 tensors quantised at 6\.\d\d bits a weight, 4 kept, 0\.0 MB -> 0\.0 MB .*, \d+\.\d s on cpu "
+        r"with at most \d+\.\d GB of memory\n",
         result.out,
     )
     assert result.err == ""  # no bar where nobody watches
@@ -64,7 +65,11 @@ def test_convert_quiet_says_nothing(call: Call, source: Path, out: Path) -> None
 
 def test_convert_json_is_the_summary(call: Call, source: Path, out: Path) -> None:
     fields = json.loads(call("int4-convert", source, out, "--json", "--group-size", 8).out)
-    assert fields.keys() == {"quantized", "kept", "bits_per_weight", "source_bytes", "stored_bytes", "seconds"}
+    assert fields.keys() == {
+        "quantized", "kept", "bits_per_weight", "source_bytes", "stored_bytes", "seconds", "peak_host_bytes",
+        "peak_gpu_bytes",
+    }  # fmt: skip
+    assert fields["peak_host_bytes"] > 10e6
     assert (fields["quantized"], fields["kept"]) == (2, 4)
 
 

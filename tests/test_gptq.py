@@ -10,21 +10,22 @@ from converter.quantize.gptq import (
     Codes,
     Inputs,
     compensated,
-    damped,
+    dampen,
     descended,
     fitted_scales,
     gptq,
     loss,
-    nearest,
     of_columns,
     weighted_search,
 )
 from converter.quantize.search import search
+from converter.quantize.sweep import nearest
 from formats.codec import dequantize
 from formats.errors import CheckpointError
 from formats.layout import Scheme
 
 MODULE = import_module("converter.quantize.gptq")  # its package has the function under that name
+SWEEP = import_module("converter.quantize.sweep")
 SCHEMES = [Scheme(32), Scheme(32, symmetric=False), Scheme(24), Scheme(-1)]
 TOKENS, COLUMNS = 400, 64
 
@@ -37,14 +38,21 @@ def correlated(seed: int) -> Tensor:
 
 def inputs_of(seen: Tensor, original: Tensor | None = None) -> Inputs:
     drift = None if original is None else (original - seen).T @ seen / TOKENS
-    return Inputs(seen.T @ seen / TOKENS, drift, TOKENS)
+    gram = seen.T @ seen / TOKENS
+    return Inputs(gram, dampen(gram), drift, TOKENS)
+
+
+def test_a_loss_is_that_of_the_outputs() -> None:
+    seen, difference = correlated(6), random(5, COLUMNS, dtype=torch.float32)
+    exact = (seen.double() @ difference.double().T).square().mean(0)
+    assert torch.allclose(inputs_of(seen).loss(difference).double(), exact, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_no_row_loses_more_than_by_search_and_all_much_less(scheme: Scheme) -> None:
     weight, inputs = random(12, COLUMNS, dtype=torch.float32), inputs_of(correlated(1))
     plain, found = (
-        loss(dequantize(quantized, COLUMNS, scheme) - weight, inputs.gram)
+        inputs.loss(dequantize(quantized, COLUMNS, scheme) - weight)
         for quantized in (search(weight, scheme, torch.bfloat16), gptq(weight, inputs, scheme, torch.bfloat16))
     )
     assert (found <= plain * (1 + 1e-5)).all()
@@ -78,7 +86,7 @@ def test_what_earlier_layers_changed_is_made_up_for() -> None:
 
 def case(seed: int) -> tuple[Tensor, Tensor, Codes]:
     """A weight, a gram matrix, and the codes of plain rounding with one scale for all."""
-    weight, gram = random(6, COLUMNS, dtype=torch.float32), damped(inputs_of(correlated(seed)).gram)
+    weight, gram = random(6, COLUMNS, dtype=torch.float32), inputs_of(correlated(seed)).gram
     scale, zero = torch.full((6, 2), 0.015, dtype=torch.bfloat16), torch.zeros(6, 2, dtype=torch.int8)
     scales = of_columns(scale.float(), Scheme(32), COLUMNS)
     return weight, gram, Codes.of(nearest(weight, scales, torch.zeros_like(scales)), scale, zero, Scheme(32))
@@ -134,7 +142,7 @@ def test_columns_are_made_up_for_across_blocks(monkeypatch: pytest.MonkeyPatch) 
     weight, gram, plain = case(3)
     whole = compensated_codes(plain, weight, gram)
     swept = descended(whole, weight, gram, Scheme(32))
-    monkeypatch.setattr(MODULE, "BLOCK_COLUMNS", 24)
+    monkeypatch.setattr(SWEEP, "BLOCK_COLUMNS", 24)
     again = compensated_codes(plain, weight, gram)
     assert lost(again, weight, gram).sum() == pytest.approx(lost(whole, weight, gram).sum().item(), rel=0.02)
     again = descended(whole, weight, gram, Scheme(32))
@@ -155,13 +163,14 @@ def test_columns_that_no_input_reached_keep_their_values(method: object) -> None
 
 def test_damping_rises_until_there_is_a_factor() -> None:
     gram = torch.tensor([[1.0, 1.2], [1.2, 1.0]])
-    assert damped(gram).diagonal().tolist() == pytest.approx([2.0, 2.0])
+    assert dampen(gram) == 1.0
+    assert gram.tolist() == [[2.0, pytest.approx(1.2)], [pytest.approx(1.2), 2.0]]
 
 
 @pytest.mark.parametrize("gram", [torch.zeros(4, 4), torch.full((4, 4), float("nan"))])
 def test_inputs_without_a_gram_matrix_are_refused(gram: Tensor) -> None:
     with pytest.raises(CheckpointError, match="no usable gram matrix"):
-        damped(gram)
+        dampen(gram)
 
 
 def test_weighted_search_serves_large_inputs_first() -> None:
@@ -171,7 +180,7 @@ def test_weighted_search_serves_large_inputs_first() -> None:
     seen *= torch.randn(seen.shape, generator=torch.Generator().manual_seed(0))
     inputs = inputs_of(seen)
     plain, found = (
-        loss(dequantize(quantized, COLUMNS, scheme) - weight, inputs.gram).sum()
+        inputs.loss(dequantize(quantized, COLUMNS, scheme) - weight).sum()
         for quantized in (
             search(weight, scheme, torch.bfloat16), weighted_search(weight, inputs, scheme, torch.bfloat16)
         )

@@ -6,20 +6,23 @@ can be taken in any order without a record of it. Then codes and scales are impr
 coordinate descent, the scales of a row, all together, by least squares.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from converter.quantize.search import best_scales
+from converter.quantize.sweep import sweep
 from formats.codec import Quantized, as_stored, encode, grouped, pack, pack_zero_point
 from formats.errors import CheckpointError
-from formats.layout import CODE_MAX, CODE_MIN, Scheme
+from formats.layout import Scheme
 
 DAMPING = 0.01  # of the mean of the diagonal; ten times more as long as there is no factor
 MOST_DAMPING = 10.0
 SYSTEM_SIZES = 1 << 26  # numbers in the systems of equations that are solved at once
-BLOCK_COLUMNS = 128  # whose errors reach the columns behind them as one product
 CORRECTION = 0.75  # of the mismatch: the rest of it is noise of the text
 SWEEPS = 4  # of scales and codes in turn; from two to six the divergence of a model falls by a hundredth
 
@@ -28,35 +31,39 @@ SWEEPS = 4  # of scales and codes in turn; from two to six the divergence of a m
 class Inputs:
     """What calibration saw of the inputs of a linear layer, means over `tokens`.
 
-    `gram` X̃ᵀX̃ fp32 [K, K] is of the inputs X̃ that the quantised model gives it; `drift` (X − X̃)ᵀX̃ fp32 [K, K], or None,
-    compares them with those of the original.
+    `gram` X̃ᵀX̃ + damping · I fp32 [K, K] is of the inputs X̃ that the quantised model gives it; `drift` (X − X̃)ᵀX̃ fp32
+    [K, K], or None, compares them with those of the original.
     """
 
     gram: Tensor
+    damping: float
     drift: Tensor | None
     tokens: int
+
+    def loss(self, difference: Tensor) -> Tensor:
+        """‖D X̃ᵀ‖² of each row of D [N, K], a mean over tokens [N]."""
+        return (loss(difference, self.gram) - self.damping * difference.square().sum(1)).clamp(min=0)
 
 
 def gptq(weight: Tensor, inputs: Inputs, scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:
     """Quantise `weight` [N, K] by GPTQ (Frantar et al. 2022), each row at least as well as `search` does.
 
-    As well by the measure of the method: ‖(Ŵ − W′) X̃ᵀ‖² of the corrected weight W′. Raises `CheckpointError` where the
-    gram matrix of the inputs has no factor.
+    As well by the measure of the method: ‖(Ŵ − W′) X̃ᵀ‖² of the corrected weight W′.
     """
-    gram, target = damped(inputs.gram), weight.float()
+    gram, target = inputs.gram, weight.float()
     if inputs.drift is not None:
         target = target + CORRECTION * torch.linalg.solve(gram, target @ inputs.drift, left=False)
     scale, zero = best_scales(target, scheme, scale_dtype, gram.diagonal())
     found = descended(compensated(target, scale, zero, gram, scheme), target, gram, scheme)
     for _ in range(SWEEPS):
         refitted = replace(found, scale=fitted_scales(found, target, gram, scheme))
-        found = better_rows(found, descended(refitted, target, gram, scheme), target, gram, scheme)
-    return better_rows(found, searched(weight.float(), scheme, scale_dtype), target, inputs.gram, scheme).packed(scheme)
+        found = better_rows(found, descended(refitted, target, gram, scheme), target, scheme, partial(loss, gram=gram))
+    return better_rows(found, searched(weight.float(), scheme, scale_dtype), target, scheme, inputs.loss).packed(scheme)
 
 
 def weighted_search(weight: Tensor, inputs: Inputs, scheme: Scheme, scale_dtype: torch.dtype) -> Quantized:
     """Quantise `weight` [N, K] by `search`, with errors that count by the mean square of their inputs."""
-    return searched(weight.float(), scheme, scale_dtype, damped(inputs.gram).diagonal()).packed(scheme)
+    return searched(weight.float(), scheme, scale_dtype, inputs.gram.diagonal()).packed(scheme)
 
 
 @dataclass(frozen=True)
@@ -92,19 +99,19 @@ def searched(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, importanc
     return Codes(encode(weight, scale, zero, scheme), scale, zero)
 
 
-def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """`gram` with a share of the mean of its diagonal on the diagonal; more until it has a factor.
+def dampen(gram: Tensor, damping: float = DAMPING) -> float:
+    """Add a share of the mean of its diagonal to the diagonal of `gram`, more until it has a factor; how much it was.
 
     Columns that no input reached are left with that alone: their codes are then those of plain rounding.
     """
-    mean = gram.diagonal().mean()
-    while damping <= MOST_DAMPING:
-        tried = gram.clone()
-        tried.diagonal().add_(damping * mean)
-        if mean > 0 and mean.isfinite() and not torch.linalg.cholesky_ex(tried).info:
-            return tried
+    mean, added = gram.diagonal().mean().item(), 0.0
+    while 0 < mean < math.inf and damping <= MOST_DAMPING:
+        gram.diagonal().add_(damping * mean - added)
+        added = damping * mean
+        if not torch.linalg.cholesky_ex(gram).info:
+            return added
         damping *= 10
-    raise CheckpointError(f"inputs of calibration with a mean square of {mean.item():.3g} have no usable gram matrix")
+    raise CheckpointError(f"inputs of calibration with a mean square of {mean:.3g} have no usable gram matrix")
 
 
 def compensated(target: Tensor, scale: Tensor, zero: Tensor, gram: Tensor, scheme: Scheme) -> Codes:
@@ -113,42 +120,30 @@ def compensated(target: Tensor, scale: Tensor, zero: Tensor, gram: Tensor, schem
     Columns come by falling diagonal of `gram` [K, K].
     """
     order = gram.diagonal().argsort(descending=True, stable=True)
-    groups = (order // scheme.group_width(len(order))).tolist()
     # In one expression, so that no matrix stays that is not needed: they are as large as a layer.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order])), upper=True)
-    w, scales, zeros = target[:, order], scale.float(), zero.float()
-    for start in range(0, w.shape[1], BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, w.shape[1])
-        errors = torch.empty_like(w[:, start:end])
-        for i in range(start, end):
-            value = nearest(w[:, i], scales[:, groups[i]], zeros[:, groups[i]])
-            error = (w[:, i] - value) / factor[i, i]
-            w[:, i] = value
-            w[:, i + 1 : end] -= error.unsqueeze(1) * factor[i, i + 1 : end]
-            errors[:, i - start] = error
-        w[:, end:] -= errors @ factor[start:end, end:]
-    return Codes.of(w[:, order.argsort()], scale, zero, scheme)
+
+    def pull(start: int, end: int) -> Tensor:
+        rows: Tensor = factor[start:end, start:]
+        return rows / rows.diagonal().unsqueeze(1)
+
+    groups = order // scheme.group_width(len(order))
+    values = sweep(target[:, order], None, pull, scale.float().T, zero.float().T, groups)
+    return Codes.of(values[:, order.argsort()], scale, zero, scheme)
 
 
 def descended(codes: Codes, target: Tensor, gram: Tensor, scheme: Scheme) -> Codes:
     """With the code in each column that is best as the others stand: a sweep of coordinate descent."""
-    scales, zeros, width = codes.scale.float(), codes.zero.float(), scheme.group_width(target.shape[1])
-    values = codes.values(scheme)
-    slope = (values - target) @ gram
-    for start in range(0, values.shape[1], BLOCK_COLUMNS):
-        end = min(start + BLOCK_COLUMNS, values.shape[1])
-        before = values[:, start:end].clone()
-        for i in range(start, end):
-            best = nearest(values[:, i] - slope[:, i] / gram[i, i], scales[:, i // width], zeros[:, i // width])
-            slope[:, i + 1 : end] += (best - values[:, i]).unsqueeze(1) * gram[i, i + 1 : end]
-            values[:, i] = best
-        slope[:, end:] += (values[:, start:end] - before) @ gram[start:end, end:]
+    diagonal = gram.diagonal()
+
+    def pull(start: int, end: int) -> Tensor:
+        return gram[start:end, start:] / -diagonal[start:]
+
+    before = codes.values(scheme)
+    best = before - (before - target) @ gram / diagonal  # of each column, as the others stand
+    groups = torch.arange(target.shape[1], device=target.device) // scheme.group_width(target.shape[1])
+    values = sweep(best, before, pull, codes.scale.float().T, codes.zero.float().T, groups)
     return Codes.of(values, codes.scale, codes.zero, scheme)
-
-
-def nearest(w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The value (code − zero) · scale nearest to each of w."""
-    return ((w / scale).round().add_(zero).clamp_(CODE_MIN, CODE_MAX) - zero) * scale
 
 
 def fitted_scales(codes: Codes, target: Tensor, gram: Tensor, scheme: Scheme) -> Tensor:
@@ -173,16 +168,16 @@ def _least_squares(levels: Tensor, wanted: Tensor, gram: Tensor, scheme: Scheme)
     return found
 
 
-def better_rows(one: Codes, other: Codes, target: Tensor, gram: Tensor, scheme: Scheme) -> Codes:
-    """The rows of `one`, or those of `other` that lose less."""
-    losses = [loss(codes.values(scheme) - target, gram) for codes in (one, other)]
+def better_rows(one: Codes, other: Codes, target: Tensor, scheme: Scheme, measure: Callable[[Tensor], Tensor]) -> Codes:
+    """The rows of `one`, or those of `other` that lose less by the `measure` of what they miss `target` by."""
+    losses = [measure(codes.values(scheme) - target) for codes in (one, other)]
     worse = (losses[1] < losses[0]).unsqueeze(1)
     pairs = zip(vars(one).values(), vars(other).values(), strict=True)
     return Codes(*(torch.where(worse, theirs, ours) for ours, theirs in pairs))
 
 
 def loss(difference: Tensor, gram: Tensor) -> Tensor:
-    """‖D X̃ᵀ‖² of each row of D [N, K], a mean over tokens [N]."""
+    """Dᵢ · gram · Dᵢᵀ of each row of D [N, K]: [N]."""
     return ((difference @ gram) * difference).sum(1)
 
 

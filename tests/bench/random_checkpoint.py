@@ -73,12 +73,14 @@ def random_tensor(spec: TensorSpec, device: str) -> torch.Tensor:
 @click.command(help=__doc__)
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option("--size", type=click.Choice(sorted(SIZES)), default="1b")
-def main(out_dir: Path, size: str) -> None:
+@click.option("--layers", type=click.IntRange(min=1), help="Decoder layers, where the model's own number is too many.")
+def main(out_dir: Path, size: str, layers: int | None) -> None:
     """Write the checkpoint."""
+    config = SIZES[size] if layers is None else {**SIZES[size], "num_hidden_layers": layers}
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     out_dir.mkdir(parents=True)
-    shards = shards_of(tensors_of(SIZES[size]))
+    shards = shards_of(tensors_of(config))
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -89,7 +91,7 @@ def main(out_dir: Path, size: str) -> None:
                 weight_map[name] = file
             writer.finish()
     (out_dir / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (out_dir / "config.json").write_text(json.dumps({**COMMON, **SIZES[size]}, indent=2))
+    (out_dir / "config.json").write_text(json.dumps({**COMMON, **config}, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / name, out_dir / name)
 
