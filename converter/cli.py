@@ -90,7 +90,7 @@ def command(
     with layers, done:
         started = time.monotonic()
         manifest = convert(
-            source, plan, out_dir, chosen,
+            source, plan, out_dir, [chosen],
             windows=windows, overwrite=overwrite, progress=done.update, calibrated=partial(_show_layer, layers),
         )  # fmt: skip
         seconds = time.monotonic() - started

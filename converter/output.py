@@ -4,28 +4,28 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from converter.journal import JOURNAL_NAME, Journal, ShardRecord, ShardRecords, records_of
 from converter.plan import Plan, ShardPlan
 from converter.source import CONFIG_NAME, Source
 from formats.container import Writer
-from formats.errors import CheckpointError, OutputError
+from formats.errors import CheckpointError, OutputError, some
 from formats.files import (
     PARTIAL_SUFFIX,
     hash_file,
     leaves,
-    link_roots,
     lock,
     make_folder,
     publish,
     publish_bytes,
     read_blocks,
-    read_small,
     real_path,
     remove,
     rename,
@@ -38,36 +38,31 @@ from formats.manifest import (
     FileRecord,
     Manifest,
     SourceRecord,
-    TensorRecord,
     read_manifest,
 )
-from formats.records import from_json, to_json
-from formats.strict_json import canonical, parse_object
+from formats.records import to_json
+from formats.strict_json import canonical
 
 LOCK_NAME = ".int4-convert.lock"
-JOURNAL_NAME = ".int4-convert.json"
 RECORDS = (LOCK_NAME, JOURNAL_NAME, MANIFEST_NAME)
 SPARE_BYTES = 64 << 20  # for index, journal and manifest
 PARTIAL = re.compile(r"\.[0-9a-f]{8}" + re.escape(PARTIAL_SUFFIX) + "$")
 QUANT_METHOD = "i4"
-
-
-@dataclass(frozen=True)
-class Journal:
-    """What an unfinished folder holds of ours; a manifest is a journal too, with more to say."""
-
-    files: tuple[FileRecord, ...]
+HASHING_THREADS = 4
 
 
 class OutputDir:
-    """Writes one checkpoint into `folder`; use as a context, record every shard, then `finish`.
+    """Writes one checkpoint into `folder`; use as a context, write and `record` the `remaining` shards, then `finish`.
 
-    A folder of ours holds a record of its files, each with size and SHA-256: the journal, which names a file before the
-    file takes its name, or the manifest. One rename turns the journal into the manifest at the end, and a manifest into
-    the journal before anything is overwritten. A file that differs from the record is not ours, and is never touched.
+    A folder of ours holds a record of its files, each with size and SHA-256: journal and records of shards, which name
+    a file before the file takes its name, or the manifest. One rename turns the journal into the manifest at the end,
+    and a manifest into the journal before anything is overwritten. Another file is not ours, and is never touched.
 
-    Raises `OutputError` for a folder that is the source, holds anything that is not ours, is finished already (unless
-    `overwrite`), or lies on a full disk; `TemporaryError` when another run holds it.
+    What an interrupted run of the same plan finished is kept, if its bytes and those of its source are as recorded.
+
+    Raises `OutputError` for a folder that is the source, holds anything that is not ours or belongs to another
+    conversion, is finished already (unless `overwrite`), or lies on a full disk; `TemporaryError` when another run
+    holds it.
     """
 
     def __init__(self, folder: Path, source: Source, plan: Plan, *, overwrite: bool = False) -> None:
@@ -77,8 +72,8 @@ class OutputDir:
         self._overwrite = overwrite
         self._stack = ExitStack()
         self._files: list[FileRecord] = []
-        self._source_files: list[FileRecord] = []
-        self._tensors: list[TensorRecord] = []
+        self._shards: dict[str, ShardRecord] = {}
+        self._records = ShardRecords(folder)
 
     def __enter__(self) -> "OutputDir":
         self._refuse_source()
@@ -96,40 +91,49 @@ class OutputDir:
     ) -> None:
         self._stack.close()
 
+    @property
+    def remaining(self) -> list[ShardPlan]:
+        """The shards that are still to be written."""
+        return [shard for shard in self.plan.shards if shard.output not in self._shards]
+
     @contextmanager
     def writer(self, shard: ShardPlan) -> Iterator[Writer]:
-        """Yield the writer of one shard; the shard takes its name when it is whole."""
+        """Yield the writer of one shard, which takes its name at the end: `record` it as the last thing before."""
         metadata = {"format": "pt", "i4.format_version": str(FORMAT_VERSION)}
         with publish(self.folder / shard.output) as file:
-            writer = Writer(file, shard.stored, metadata)
-            yield writer
-            self._claim(shard.output, *writer.finish())
+            yield Writer(file, shard.stored, metadata)
 
-    def record(self, source_file: FileRecord, tensors: Sequence[TensorRecord]) -> None:
-        """Note what a written shard was made from and holds."""
-        self._source_files.append(source_file)
-        self._tensors.extend(tensors)
+    def record(self, record: ShardRecord) -> None:
+        """Note what a written shard was made from and holds; any thread may."""
+        self._records.write(record)
+        self._shards[record.file.name] = record
 
     def finish(self) -> Manifest:
         """Write index, configuration and side files, then the manifest: the folder is a checkpoint from here on."""
-        if len(self._files) > 1:
+        if len(self.plan.shards) > 1:
             self._write(INDEX_NAME, canonical(self._index()))
         for name in self.source.side_files:
             if name == CONFIG_NAME:
                 self._write(name, self._config())
             else:
                 self._copy(name)
+        shards = [self._shards[shard.output] for shard in self.plan.shards]
+        files = [*self._files, *(shard.file for shard in shards)]
         manifest = Manifest(
             FORMAT_VERSION,
             (),
-            SourceRecord(self.source.id, self.source.revision, tuple(self._source_files)),
+            replace(self._source_record(), files=tuple(shard.source for shard in shards)),
             self.plan.recipe,
-            tuple(self._tensors),
-            tuple(sorted(self._files, key=lambda file: file.name)),
+            tuple(row for shard in shards for row in shard.tensors),
+            tuple(sorted(files, key=lambda file: file.name)),
         ).sealed()
         publish_bytes(self.folder / JOURNAL_NAME, manifest.to_bytes())
+        self._records.clear(keep={})
         rename(self.folder / JOURNAL_NAME, self.folder / MANIFEST_NAME)
         return manifest
+
+    def _source_record(self) -> SourceRecord:
+        return SourceRecord(self.source.id, self.source.revision, ())
 
     def _index(self) -> dict[str, Any]:
         weight_map = {name: shard.output for shard in self.plan.shards for name in shard.stored}
@@ -150,7 +154,7 @@ class OutputDir:
 
     def _write(self, name: str, data: bytes) -> None:
         with publish(self.folder / name) as file:
-            file.write(data)
+            file.write(data, 0)
             self._claim(name, len(data), hashlib.sha256(data).hexdigest())
 
     def _copy(self, name: str) -> None:
@@ -159,18 +163,19 @@ class OutputDir:
         digest, size = hashlib.sha256(), 0
         with publish(target) as file:
             for block in read_blocks(self.source.folder / name, self.source.roots):
-                file.write(block)
+                file.write(block, size)
                 digest.update(block)
                 size += len(block)
             self._claim(name, size, digest.hexdigest())
 
     def _claim(self, name: str, size: int, sha256: str) -> None:
-        """Enter a file into the journal, before it takes its name."""
+        """Enter a side file into the journal, before it takes its name."""
         self._files.append(FileRecord(name, size, sha256))
         self._write_journal()
 
     def _write_journal(self) -> None:
-        publish_bytes(self.folder / JOURNAL_NAME, canonical(to_json(Journal(tuple(self._files)))))
+        journal = Journal(self._source_record(), self.plan.recipe, tuple(self._files))
+        publish_bytes(self.folder / JOURNAL_NAME, canonical(to_json(journal)))
 
     def _refuse_source(self) -> None:
         folder, source = real_path(self.folder), real_path(self.source.folder)
@@ -180,38 +185,63 @@ class OutputDir:
     def _ours(self) -> list[Path]:
         """Everything in the folder that this run may remove; raises `OutputError` if there is anything else."""
         try:
-            recorded = self._recorded()
+            files, shards = self._recorded()
             everything = {path.relative_to(self.folder).as_posix(): path for path in leaves(self.folder)}
             found = {name: path for name, path in everything.items() if not _is_apart(name)}
-            is_ours = {name: _is_ours(path, name, recorded) for name, path in found.items()}
+            sound = _sound(found, files)
+            self._shards = self._kept(shards, sound)
         except CheckpointError as error:
             reason = str(error).partition(";")[0]  # without its advice
             raise OutputError(
                 f"{self.folder}: cannot tell which files are ours ({reason}); remove the folder, or choose another"
             ) from None
-        if foreign := [name for name in found if not is_ours[name]]:
+        if foreign := [name for name, path in found.items() if not _is_ours(path, name, sound | shards.keys(), files)]:
             raise OutputError(
                 f"{self.folder}: holds files that int4-convert did not write, or that changed since "
                 f"({', '.join(foreign[:5])}); remove them, or choose an empty or new folder"
             )
-        return [path for name, path in found.items() if name not in RECORDS]
+        return [path for name, path in found.items() if name not in RECORDS and name not in self._shards]
 
-    def _recorded(self) -> frozenset[FileRecord] | None:
-        """The files that the manifest or journal of an earlier run names, or None if there is neither."""
+    def _recorded(self) -> tuple[frozenset[FileRecord] | None, dict[str, ShardRecord]]:
+        """The files that an earlier run recorded (None: no record), and of an unfinished one the shards that it wrote.
+
+        Raises `OutputError` where that run finished, or was another conversion, and may not be overwritten.
+        """
         manifest, journal = self.folder / MANIFEST_NAME, self.folder / JOURNAL_NAME
         if manifest.exists() and not self._overwrite:
             raise OutputError(
                 f"{self.folder}: holds a finished checkpoint; give --overwrite to replace it, or another folder"
             )
         if manifest.exists():
-            return frozenset(read_manifest(self.folder).files)
-        if journal.exists():
-            fields = parse_object(read_small(journal, link_roots(self.folder)), str(journal))
-            return frozenset(from_json(Journal, {"files": fields.get("files")}, str(journal)).files)
-        return None
+            return frozenset(read_manifest(self.folder).files), {}
+        if not journal.exists():
+            return None, {}
+        earlier = Journal.read(journal)
+        shards = {**records_of(journal, self.plan), **self._records.read()}
+        files = frozenset(earlier.files) | {shard.file for shard in shards.values()}
+        if other := earlier.differences(self._source_record(), self.plan.recipe):
+            if not self._overwrite:
+                raise OutputError(
+                    f"{self.folder}: holds an unfinished conversion with {other}; run it again as it was begun, give "
+                    "--overwrite to begin anew, or choose another folder"
+                )
+            return files, {}
+        return files, {shard.output: shards[shard.output] for shard in self.plan.shards if shard.output in shards}
+
+    def _kept(self, shards: dict[str, ShardRecord], sound: set[str]) -> dict[str, ShardRecord]:
+        """Those of `shards` whose bytes are sound; raises `OutputError` where their source has changed since."""
+        kept = {name: record for name, record in shards.items() if name in sound}
+        sources = {record.source.name: self.source.folder / record.source.name for record in kept.values()}
+        same = _sound(sources, frozenset(record.source for record in kept.values()))
+        if (changed := sorted(sources.keys() - same)) and not self._overwrite:
+            raise OutputError(
+                f"{self.folder}: holds an unfinished conversion of other files than {some(changed)} of the source; "
+                "give --overwrite to begin anew, or choose another folder"
+            )
+        return {name: record for name, record in kept.items() if record.source.name in same}
 
     def _clear(self, ours: list[Path]) -> None:
-        """Remove what an earlier run left, and begin a journal."""
+        """Remove what an earlier run left, but for the shards that are kept, and begin a journal."""
         manifest = self.folder / MANIFEST_NAME
         if manifest.exists():  # first: no finished-looking folder with parts missing
             rename(manifest, self.folder / JOURNAL_NAME)
@@ -220,12 +250,16 @@ class OutputDir:
             for parent in path.relative_to(self.folder).parents[:-1]:
                 if not leaves(self.folder / parent):
                     remove(self.folder / parent)
+        for record in self._shards.values():  # of one that was about to finish, only the journal had them
+            self._records.write(record)
+        self._records.clear(self._shards)
         self._write_journal()
 
     def _refuse_full_disk(self, ours: list[Path]) -> None:
         side_files = sum((self.source.folder / name).stat().st_size for name in self.source.side_files)
         copies = 1 if self.plan.recipe.calibration is None else 2  # calibration keeps its layers until the end
-        needed = copies * self.plan.sizes.stored_bytes + side_files + SPARE_BYTES
+        kept = sum(record.file.size for record in self._shards.values())
+        needed = copies * self.plan.sizes.stored_bytes - kept + side_files + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in ours)
         if free < needed:
             raise OutputError(
@@ -238,17 +272,26 @@ def _is_apart(name: str) -> bool:
     return name.startswith(".") and PARTIAL.sub("", name) not in RECORDS
 
 
-def _is_ours(path: Path, name: str, recorded: frozenset[FileRecord] | None) -> bool:
+def _sound(paths: Mapping[str, Path], recorded: Collection[FileRecord] | None) -> set[str]:
+    """The names of those of `paths` whose size and SHA-256 are as recorded; several are read at once."""
+
+    def is_sound(file: FileRecord) -> bool:
+        path = paths.get(file.name)
+        if path is None or path.is_symlink() or not path.is_file() or path.stat().st_size != file.size:
+            return False
+        return FileRecord(file.name, *hash_file(path)) == file
+
+    files = list(recorded or ())
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return {file.name for file, sound in zip(files, pool.map(is_sound, files), strict=True) if sound}
+
+
+def _is_ours(path: Path, name: str, ours: set[str], recorded: Collection[FileRecord] | None) -> bool:
     """Whether an earlier run left `path`: as its record says, or half-made, or a folder that it emptied."""
     if path.is_symlink():
         return False
-    if name in RECORDS:
+    if name in RECORDS or name in ours:
         return True
     if recorded is None:  # before there is a record there is only a half-made one
         return PARTIAL.sub("", name) == JOURNAL_NAME
-    if path.is_dir() or PARTIAL.search(name):
-        return True
-    size = path.stat().st_size
-    if not any((file.name, file.size) == (name, size) for file in recorded):
-        return False
-    return path.is_file() and FileRecord(name, *hash_file(path)) in recorded
+    return path.is_dir() or bool(PARTIAL.search(name))

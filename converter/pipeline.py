@@ -1,11 +1,13 @@
-"""The road of a tensor: read → device → quantise → write."""
+"""The road of a shard: read → device → quantise → write, in threads beside one another, a chunk of rows at a time."""
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from converter.journal import ShardRecord
 from converter.output import OutputDir
 from converter.plan import ShardPlan, TensorPlan
 from converter.prepared import Prepared, PreparedLayers
@@ -14,11 +16,18 @@ from converter.quantize import METHODS
 from converter.quantize.search import search
 from converter.source import Source
 from formats.codec import Quantized, check_finite
+from formats.container import Entry
 from formats.devices import block_weights
 from formats.errors import NonFiniteError
-from formats.layout import CODES_PER_WORD, ceil_div, scale_dtype_for
+from formats.lane import Lane
+from formats.layout import CODES_PER_WORD, TensorSpec, ceil_div, scale_dtype_for
 from formats.manifest import ErrorRecord, FileRecord, Recipe, TensorRecord
-from formats.tensors import TORCH_DTYPES, bytes_of, tensor_from
+from formats.tensors import TORCH_DTYPES, bytes_of, host_buffer, tensor_from
+
+CHUNK_BYTES = 16 << 20  # of a source tensor on its way at once, unless eight of its rows are larger
+CHUNKS = 4  # on their way
+
+Bytes = bytes | bytearray | memoryview
 
 
 def convert_shard(
@@ -29,82 +38,129 @@ def convert_shard(
     prepared: PreparedLayers,
     progress: Callable[[int], object],
 ) -> None:
-    """Stream one file of `source` through `device` into `out`; `progress` gets the source bytes of each tensor.
+    """Stream one file of `source` through `device` into `out`; `progress` gets the source bytes of each chunk.
 
     Raises `CheckpointError` on bad weights or a file that changes meanwhile, `OutputError` where writing fails.
     """
-    recipe = out.plan.recipe
-    plans = {tensor.name: tensor for tensor in shard.tensors}
     digest = hashlib.sha256()
-    rows = []
+    tensors = [Conversion(tensor, out.plan.recipe, device, prepared.find(tensor.name)) for tensor in shard.tensors]
     with source.open(shard.source) as container, out.writer(shard) as writer:
-        for name, _, data in container.stream(digest):
-            stored, error = convert_tensor(plans[name], data, recipe, device, prepared.find(name))
-            for stored_name, stored_data in stored.items():
-                writer.put(stored_name, stored_data)
-            rows.append(_record(plans[name], shard.output, stored, error))
-            progress(len(data))
-    out.record(FileRecord(shard.source, container.size, digest.hexdigest()), rows)
+        work = [(tensor, span) for tensor in tensors for span in tensor.spans(container.tensors[tensor.plan.name])]
+        places = [span for _, span in work]
+        size = max((end - start for start, end in places), default=1)
+        buffers = [host_buffer(size, pinned=device.type == "cuda") for _ in range(CHUNKS)]
+        with Lane() as hashing, Lane() as writing, own_stream(device):
+            for chunk, (tensor, _) in zip(container.chunks(places, buffers, digest), work, strict=True):
+                try:
+                    parts = list(tensor.convert(chunk))
+                except NonFiniteError:
+                    name, spec = tensor.plan.name, tensor.plan.spec
+                    check_finite(tensor_from(container.read(name), spec), f"tensor {name!r}")  # names the place
+                    raise
+                for name, data in parts:
+                    hashing.put(tensor.digests[name].update, data)
+                    writing.put(writer.put, name, data)
+                progress(len(chunk))
+        source_file = FileRecord(shard.source, container.size, digest.hexdigest())
+        rows = tuple(tensor.record(shard.output) for tensor in tensors)
+        out.record(ShardRecord(FileRecord(shard.output, *writer.finish()), source_file, rows))
 
 
-def convert_tensor(
-    plan: TensorPlan, data: bytearray, recipe: Recipe, device: torch.device, prepared: Prepared | None = None
-) -> tuple[dict[str, bytearray], ErrorRecord | None]:
-    """The stored tensors of one source tensor as bytes, by name, and the error of a quantised one.
+def own_stream(device: torch.device) -> AbstractContextManager[object]:
+    """A stream of its own for the calling thread, so that shards share a GPU."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device=device))  # type: ignore[no-untyped-call]
+
+
+class Conversion:
+    """One tensor on its way, chunk by chunk; `digests` are of the tensors stored for it.
 
     A matrix that calibration has `prepared` is taken from there.
     """
-    if not plan.quantized:
-        return {plan.name: data}, None
-    weight, scheme = tensor_from(data, plan.spec), recipe.scheme
-    stored = {name: bytearray() for name in plan.stored}
-    total = torch.zeros(4, dtype=torch.float64)
-    for block, quantized in _blocks(plan, weight, recipe, device, prepared):
-        for name, tensor in zip(stored, quantized.tensors(), strict=True):
-            stored[name] += bytes_of(tensor)
-        total += sums(block, quantized, scheme)
-    if not total.isfinite().all():
-        raise NonFiniteError(
-            f"tensor {plan.name!r}: weights up to {weight.abs().max().item():.3g} overflow fp32 once they are rounded "
-            "to int4; expected smaller ones: repair the source, or keep this tensor with --exclude"
+
+    def __init__(self, plan: TensorPlan, recipe: Recipe, device: torch.device, prepared: Prepared | None) -> None:
+        self.plan = plan
+        self.digests = {name: hashlib.sha256() for name in plan.stored}
+        self._recipe = recipe
+        self._device = device
+        self._prepared = prepared
+        self._method = METHODS.get(recipe.method, search)  # what calibration does not reach
+        self._rows = 0
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._later: dict[str, bytearray] = {name: bytearray() for name in [*plan.stored][1:]}
+
+    def spans(self, entry: Entry) -> Iterator[tuple[int, int]]:
+        """The bytes of the tensor in chunks; of one to quantise 8 rows, along which zero points are packed, or more."""
+        unit = CODES_PER_WORD * entry.spec.nbytes // entry.spec.shape[0] if self.plan.quantized else 1
+        step = max(1, CHUNK_BYTES // unit) * unit
+        for start in range(entry.start, entry.end, step):
+            yield start, min(start + step, entry.end)
+
+    def convert(self, chunk: memoryview) -> Iterator[tuple[str, Bytes]]:
+        """What is to be written for the next bytes of the tensor, by the names of the tensors stored for it.
+
+        Packed words come at once; scales and zero points, which stand behind them, with the last chunk. Raises
+        `NonFiniteError` for weights that are not finite, or overflow as int4.
+        """
+        if not self.plan.quantized:
+            yield self.plan.name, bytes(chunk)  # a copy, because the chunk's place is used again
+            return
+        rows, columns = self.plan.spec.shape
+        weight = tensor_from(
+            chunk, TensorSpec(self.plan.spec.dtype, (len(chunk) * rows // self.plan.spec.nbytes, columns))
         )
-    return stored, error_record(total, weight.numel(), None if prepared is None else prepared.output_error)
+        first, *others = self.plan.stored
+        for quantized in self._quantized(weight):
+            packed, *rest = quantized.tensors()
+            yield first, bytes_of(packed)
+            for name, tensor in zip(others, rest, strict=True):
+                self._later[name] += bytes_of(tensor)
+        if self._rows == rows:
+            if not self._sums.isfinite().all():
+                raise NonFiniteError(
+                    f"tensor {self.plan.name!r}: its weights overflow fp32 once they are rounded to int4; expected "
+                    "smaller ones: repair the source, or keep this tensor with --exclude"
+                )
+            yield from self._later.items()
 
+    def record(self, file: str) -> TensorRecord:
+        """The row of the manifest, once all is hashed."""
+        plan, digests = self.plan, tuple(digest.hexdigest() for digest in self.digests.values())
+        error: ErrorRecord | None = None
+        if plan.quantized:
+            output = None if self._prepared is None else self._prepared.output_error
+            error = error_record(self._sums, plan.spec.numel, output)
+        spec = plan.spec
+        return TensorRecord(plan.name, spec.dtype, spec.shape, plan.quantized, plan.reason, file, digests, error)
 
-def _blocks(
-    plan: TensorPlan, weight: Tensor, recipe: Recipe, device: torch.device, prepared: Prepared | None
-) -> Iterator[tuple[Tensor, Quantized]]:
-    """Blocks of whole rows on the device, a multiple of 8 of them because zero points are packed along the rows.
+    def _quantized(self, weight: Tensor) -> Iterator[Quantized]:
+        """The next rows of the matrix, quantised in blocks that suit the device.
 
-    Groups lie within rows, so the size of the blocks changes no byte.
-    """
-    method = METHODS.get(recipe.method, search)  # what calibration does not reach
-    scale_dtype = TORCH_DTYPES[scale_dtype_for(plan.spec.dtype)]
-    rows = ceil_div(block_weights(device), weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
-    for start in range(0, len(weight), rows):
-        block = weight[start : start + rows].to(device)
-        if prepared is not None:
-            yield block, _rows_of(prepared.quantized, start, start + rows, device)
-            continue
+        Groups lie within rows, so the size of the blocks changes no byte.
+        """
+        rows = ceil_div(block_weights(self._device), weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
+        for part in torch.split(weight, rows):
+            yield from self._block(part)
+
+    def _block(self, weight: Tensor) -> Iterator[Quantized]:
+        """A block, or its halves where the memory of the GPU does not suffice."""
         try:
-            quantized = method(block, recipe.scheme, scale_dtype)
-        except NonFiniteError:
-            check_finite(weight, f"tensor {plan.name!r}")  # again on the whole, to name the place in the file
-            raise
-        yield block, quantized
-
-
-def _rows_of(quantized: Quantized, start: int, end: int, device: torch.device) -> Quantized:
-    """The rows from `start`, a multiple of 8, to `end`."""
-    zero = quantized.zero_point
-    return Quantized(
-        quantized.packed[start:end].to(device),
-        quantized.scale[start:end].to(device),
-        None if zero is None else zero[start // CODES_PER_WORD : ceil_div(end, CODES_PER_WORD)].to(device),
-    )
-
-
-def _record(plan: TensorPlan, file: str, stored: dict[str, bytearray], error: ErrorRecord | None) -> TensorRecord:
-    digests = tuple(hashlib.sha256(data).hexdigest() for data in stored.values())
-    spec = plan.spec
-    return TensorRecord(plan.name, spec.dtype, spec.shape, plan.quantized, plan.reason, file, digests, error)
+            block = weight.to(self._device)
+            if self._prepared is None:
+                scale_dtype = TORCH_DTYPES[scale_dtype_for(self.plan.spec.dtype)]
+                quantized = self._method(block, self._recipe.scheme, scale_dtype)
+            else:
+                quantized = self._prepared.quantized.rows(self._rows, self._rows + len(block), self._device)
+            found = sums(block, quantized, self._recipe.scheme)
+        except torch.OutOfMemoryError:
+            half = len(weight) // 2 // CODES_PER_WORD * CODES_PER_WORD
+            if not half:
+                raise
+            torch.cuda.empty_cache()
+            for part in (weight[:half], weight[half:]):
+                yield from self._block(part)
+            return
+        self._sums += found
+        self._rows += len(weight)
+        yield quantized

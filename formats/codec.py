@@ -31,6 +31,15 @@ class Quantized:
         """The tensors in the order of `Scheme.stored`."""
         return [t for t in (self.packed, self.scale, self.zero_point) if t is not None]
 
+    def rows(self, start: int, end: int, device: torch.device) -> "Quantized":
+        """The rows from `start`, a multiple of 8, to `end`, on `device`."""
+        zero = self.zero_point
+        return Quantized(
+            self.packed[start:end].to(device),
+            self.scale[start:end].to(device),
+            None if zero is None else zero[start // CODES_PER_WORD : ceil_div(end, CODES_PER_WORD)].to(device),
+        )
+
 
 def pack(codes: Tensor) -> Tensor:
     """Codes −8..7 as int8 [N, K] → words int32 [N, ceil(K/8)]; word w holds columns 8w.. from its low bits up."""

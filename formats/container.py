@@ -6,14 +6,16 @@ A mapped file that is cut short kills the process that reads it, so nothing is m
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from formats.errors import CheckpointError
-from formats.files import open_regular
+from formats.files import READ_BLOCK, NewFile, open_regular
 from formats.layout import DTYPE_BYTES, MAX_SIZE, TensorSpec
 from formats.strict_json import parse_object
 
@@ -88,15 +90,46 @@ class Container:
             if digest is not None:
                 digest.update(data)
             yield name, entry.spec, data
-        now = os.fstat(self._fd)
-        if (now.st_size, now.st_mtime_ns) != (self.size, self._opened.st_mtime_ns):
-            raise CheckpointError(f"{self.path}: changed while it was read; wait until it is complete and run again")
+        self._refuse_changed()
+
+    def chunks(
+        self, spans: Sequence[tuple[int, int]], buffers: Sequence[memoryview], digest: "hashlib._Hash"
+    ) -> Iterator[memoryview]:
+        """Yield the bytes of each of `spans`, which cover the data of the file in order.
+
+        `digest` is fed the whole file. Reading and hashing go on in threads, ahead in `buffers`: three or more, of the
+        size of the largest span. What is yielded holds until the next. Raises `CheckpointError` if the file changed
+        since it was opened.
+        """
+        digest.update(self._header)
+        ahead, reads, hashes = len(buffers) // 2, deque[Future[memoryview]](), deque[Future[None]]()
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as hasher:
+            for i in range(len(spans) + ahead):
+                if len(hashes) + ahead >= len(buffers):  # of the buffer that is to be filled
+                    hashes.popleft().result()
+                if i < len(spans):
+                    reads.append(reader.submit(self._fill, spans[i], buffers[i % len(buffers)]))
+                if i >= ahead:
+                    chunk = reads.popleft().result()
+                    hashes.append(hasher.submit(digest.update, chunk))
+                    yield chunk
+        self._refuse_changed()
+
+    def _fill(self, span: tuple[int, int], buffer: memoryview) -> memoryview:
+        """The bytes of `span`, in the beginning of `buffer`."""
+        start, end = span
+        view = buffer[: end - start]
+        self._read_into(view, start)
+        return view
 
     def _read(self, start: int, end: int) -> bytearray:
         data = bytearray(end - start)
-        view = memoryview(data)
+        self._read_into(memoryview(data), start)
+        return data
+
+    def _read_into(self, view: memoryview, start: int) -> None:
         done = 0
-        while done < len(data):
+        while done < len(view):
             try:
                 count = os.preadv(self._fd, [view[done:]], start + done)
             except OSError as error:
@@ -105,10 +138,15 @@ class Container:
                 ) from None
             if count == 0:
                 raise CheckpointError(
-                    f"{self.path}: ends at byte {start + done}, expected at least {end}; the file was cut short"
+                    f"{self.path}: ends at byte {start + done}, expected at least {start + len(view)}; "
+                    "the file was cut short"
                 )
             done += count
-        return data
+
+    def _refuse_changed(self) -> None:
+        now = os.fstat(self._fd)
+        if (now.st_size, now.st_mtime_ns) != (self.size, self._opened.st_mtime_ns):
+            raise CheckpointError(f"{self.path}: changed while it was read; wait until it is complete and run again")
 
     def _parse_header(self) -> tuple[bytes, dict[str, Entry], dict[str, str]]:
         length = int.from_bytes(self._read(0, min(8, self.size)), "little")
@@ -201,45 +239,46 @@ def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     return len(text).to_bytes(8, "little") + text
 
 
-class Sink(Protocol):
-    """Where a `Writer` writes: a file."""
-
-    def write(self, data: bytes | bytearray | memoryview, /) -> object:
-        """Take all of `data`."""
-
-
 class Writer:
-    """Streams tensors to a file in `file_order`, hashing as it writes; the header goes first.
+    """Writes tensors into a new file in the places of `file_order`, piece by piece, and hashes the file meanwhile.
 
-    A tensor that comes before its turn waits in memory.
+    What comes in the order of the file is hashed as it comes; the rest is read again at the end.
     """
 
-    def __init__(self, file: Sink, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+    def __init__(self, file: NewFile, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        header = build_header(specs, metadata)
         self._file = file
-        self._specs = specs
-        self._order = iter(file_order(specs))
-        self._next = next(self._order, None)
-        self._waiting: dict[str, bytes | bytearray | memoryview] = {}
         self._digest = hashlib.sha256()
-        self._size = 0
-        self._write(build_header(specs, metadata))
+        self._hashed = 0
+        self._size = len(header)
+        self._left: dict[str, tuple[int, int]] = {}  # where the next piece of a tensor belongs, and where it ends
+        for name in file_order(specs):
+            end = self._size + specs[name].nbytes
+            self._left[name] = self._size, end
+            self._size = end
+        self._write(header, 0)
 
     def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        """Write the tensor `name`; raises `ValueError` when its size is not the announced one."""
-        if len(data) != self._specs[name].nbytes:
-            raise ValueError(f"{name}: got {len(data)} bytes for {self._specs[name]}")
-        self._waiting[name] = data
-        while self._next in self._waiting:
-            self._write(self._waiting.pop(self._next))
-            self._next = next(self._order, None)
+        """Write the next bytes of the tensor `name`; raises `ValueError` when they are more than was announced."""
+        position, end = self._left[name]
+        if position + len(data) > end:
+            raise ValueError(f"{name}: got {position + len(data) - end} bytes too many")
+        self._write(data, position)
+        self._left[name] = position + len(data), end
 
     def finish(self) -> tuple[int, str]:
-        """Size and SHA-256 of the whole file; raises `ValueError` while a tensor is missing."""
-        if self._next is not None:
-            raise ValueError(f"tensor {self._next} was never written")
+        """Size and SHA-256 of the whole file; raises `ValueError` while bytes of a tensor are missing."""
+        for name, (position, end) in self._left.items():
+            if position != end:
+                raise ValueError(f"{name}: {end - position} bytes were never written")
+        while self._hashed < self._size:
+            data = self._file.read(min(READ_BLOCK, self._size - self._hashed), self._hashed)
+            self._digest.update(data)
+            self._hashed += len(data)
         return self._size, self._digest.hexdigest()
 
-    def _write(self, data: bytes | bytearray | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._size += len(data)
+    def _write(self, data: bytes | bytearray | memoryview, position: int) -> None:
+        self._file.write(data, position)
+        if position == self._hashed:
+            self._digest.update(data)
+            self._hashed += len(data)

@@ -118,12 +118,20 @@ class NewFile:
     path: Path
     fd: int
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Write every byte of `data`, or raise `OutputError`."""
+    def write(self, data: bytes | bytearray | memoryview, position: int) -> None:
+        """Write every byte of `data` at `position`, or raise `OutputError`."""
         view = memoryview(data)
         with _writing(self.path):
             while view:
-                view = view[os.write(self.fd, view) :]
+                count = os.pwrite(self.fd, view, position)
+                view, position = view[count:], position + count
+
+    def read(self, size: int, position: int) -> bytes:
+        """At most `size` of the bytes written from `position` on; raises `OutputError` where there are none."""
+        with _writing(self.path):
+            if not (data := os.pread(self.fd, size, position)):
+                raise OSError(errno.EIO, "what was written is not there")
+            return data
 
 
 @contextmanager
@@ -136,7 +144,7 @@ def publish(path: Path) -> Iterator[NewFile]:
     try:
         with _writing(path):  # in here, because a signal can come as soon as the file is there
             # Mode 0666: the user's umask decides, as for any file that a program writes.
-            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             yield NewFile(path, fd)
             with _writing(path):
@@ -189,7 +197,7 @@ def remove(path: Path) -> None:
 def publish_bytes(path: Path, data: bytes) -> None:
     """Write a whole small file atomically."""
     with publish(path) as file:
-        file.write(data)
+        file.write(data, 0)
 
 
 @contextmanager

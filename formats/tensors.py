@@ -1,5 +1,7 @@
 """Between stored bytes and torch tensors."""
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,17 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 
-def tensor_from(data: bytearray, spec: TensorSpec) -> Tensor:
+def host_buffer(nbytes: int, *, pinned: bool) -> memoryview:
+    """Memory on the host, `pinned` where a GPU is to copy from it."""
+    if not pinned:
+        return memoryview(bytearray(nbytes))
+    tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
+    array.owner = tensor  # type: ignore[attr-defined]  # lives as long as the view
+    return memoryview(array).cast("B")
+
+
+def tensor_from(data: bytearray | memoryview, spec: TensorSpec) -> Tensor:
     """The tensor whose bytes are `data`, which it shares."""
     if spec.numel == 0:
         return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])

@@ -70,7 +70,7 @@ def convert_folder(
 ) -> Manifest:
     opened = open_source(str(source))
     plan = make_plan(opened, make_recipe(scheme, "absmax", include, exclude))
-    return convert(opened, plan, out, torch.device(device), overwrite=overwrite)
+    return convert(opened, plan, out, [torch.device(device)], overwrite=overwrite)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -51,7 +51,7 @@ def errors_of(manifest: Manifest) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def calibrated(opened: Source, windows: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("calibrated") / "out"
-    convert(opened, plan_of(opened), out, torch.device("cpu"), windows=windows)
+    convert(opened, plan_of(opened), out, [torch.device("cpu")], windows=windows)
     return out
 
 
@@ -69,7 +69,7 @@ def test_nothing_is_left_of_the_work(calibrated: Path) -> None:
 def test_outputs_lose_less_than_by_weighted_search(
     calibrated: Path, opened: Source, windows: Tensor, tmp_path: Path
 ) -> None:
-    manifest = convert(opened, plan_of(opened, "search"), tmp_path / "out", torch.device("cpu"), windows=windows)
+    manifest = convert(opened, plan_of(opened, "search"), tmp_path / "out", [torch.device("cpu")], windows=windows)
     plain, found = errors_of(manifest), errors_of(read_manifest(calibrated))
     first = [name for name in found if ".layers.0.self_attn.q_proj." in name or ".layers.0.self_attn.k_proj." in name]
     assert len(first) == 2
@@ -85,14 +85,14 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convert(opened, plan_of(opened), out, torch.device("cpu"), windows=windows, calibrated=stop)
+        convert(opened, plan_of(opened), out, [torch.device("cpu")], windows=windows, calibrated=stop)
     assert not (out / "manifest.json").exists()
     made: list[int] = []
     write = PreparedLayers.write_layer
     monkeypatch.setattr(
         PreparedLayers, "write_layer", lambda self, index, *rest: (made.append(index), write(self, index, *rest))
     )
-    convert(opened, plan_of(opened), out, torch.device("cpu"), windows=windows)
+    convert(opened, plan_of(opened), out, [torch.device("cpu")], windows=windows)
     assert made == [2]
     assert contents(out) == contents(calibrated)
 
@@ -135,7 +135,7 @@ def test_matrices_that_saw_too_few_tokens_go_by_search(opened: Source, windows: 
 
 @pytest.mark.gpu
 def test_a_gpu_calibrates_as_well(calibrated: Path, opened: Source, windows: Tensor, tmp_path: Path) -> None:
-    manifest = convert(opened, plan_of(opened), tmp_path / "out", torch.device("cuda"), windows=windows)
+    manifest = convert(opened, plan_of(opened), tmp_path / "out", [torch.device("cuda")], windows=windows)
     expected = errors_of(read_manifest(calibrated))
     for name, error in errors_of(manifest).items():
         assert error == pytest.approx(expected[name], rel=0.1)

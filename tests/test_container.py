@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from formats.container import Container, Writer, build_header, file_order
 from formats.errors import CheckpointError
+from formats.files import publish
 from formats.layout import DTYPE_BYTES, TensorSpec
 from formats.strict_json import parse_object
 from formats.tensors import TORCH_DTYPES, bytes_of, spec_of, tensor_from
@@ -118,11 +119,13 @@ def test_a_flipped_bit_of_the_header_never_raises_anything_else(tmp_path: Path) 
 def write(
     path: Path, tensors: dict[str, torch.Tensor], order: Callable[[list[str]], list[str]] = list
 ) -> tuple[int, str]:
-    with path.open("wb") as file:
+    with publish(path) as file:
         writer = Writer(file, {name: spec_of(tensor) for name, tensor in tensors.items()}, {"format": "pt"})
         for name in order(list(tensors)):
-            writer.put(name, bytes_of(tensors[name]))
-    return writer.finish()
+            data = bytes_of(tensors[name])
+            writer.put(name, data[:5])
+            writer.put(name, data[5:])
+        return writer.finish()
 
 
 def sample() -> dict[str, torch.Tensor]:
@@ -167,6 +170,29 @@ def test_the_stream_hashes_the_whole_file(tmp_path: Path) -> None:
     assert digest.digest() == hashlib.sha256((tmp_path / "a.safetensors").read_bytes()).digest()
 
 
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_chunks_are_the_bytes_of_the_file_in_turn(tmp_path: Path, count: int) -> None:
+    path, digest = tmp_path / "a.safetensors", hashlib.sha256()
+    save_file({"a": random(40, 8), "b": random(3)}, path)
+    with Container(path) as container:
+        spans = [(i, min(i + 50, container.size)) for i in range(container.tensors["a"].start, container.size, 50)]
+        buffers = [memoryview(bytearray(50)) for _ in range(count)]
+        found = b"".join(map(bytes, container.chunks(spans, buffers, digest)))  # copies: buffers are used again
+    assert len(spans) > 9
+    assert path.read_bytes().endswith(found)
+    assert len(found) == 640 + 6
+    assert digest.digest() == hashlib.sha256(path.read_bytes()).digest()
+
+
+def test_a_file_that_changes_while_its_chunks_are_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": random(8)}, path)
+    with Container(path) as container, pytest.raises(CheckpointError, match="changed while"):
+        entry = container.tensors["a"]
+        for _ in container.chunks([(entry.start, entry.end)], [memoryview(bytearray(16))] * 3, hashlib.sha256()):
+            os.utime(path, (1, 1))
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(
@@ -188,17 +214,19 @@ def test_tensors_of_whole_words_keep_the_order_given() -> None:
 
 
 def test_a_missing_tensor_is_noticed(tmp_path: Path) -> None:
-    with (tmp_path / "a").open("wb") as file:
+    with publish(tmp_path / "a") as file:
         writer = Writer(file, {"a": TensorSpec("F32", (2,))}, {})
-        with pytest.raises(ValueError, match="a was never written"):
+        writer.put("a", b"\0" * 3)
+        with pytest.raises(ValueError, match="a: 5 bytes were never written"):
             writer.finish()
 
 
 def test_a_tensor_of_the_wrong_size_is_noticed(tmp_path: Path) -> None:
-    with (tmp_path / "a").open("wb") as file:
+    with publish(tmp_path / "a") as file:
         writer = Writer(file, {"a": TensorSpec("F32", (2,))}, {})
-        with pytest.raises(ValueError, match="got 7 bytes"):
-            writer.put("a", b"\0" * 7)
+        writer.put("a", b"\0" * 7)
+        with pytest.raises(ValueError, match="got 1 bytes too many"):
+            writer.put("a", b"\0" * 2)
 
 
 def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import torch
 from checkpoints import contents, convert_folder, random, tiny_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from converter import pipeline
-from converter.output import JOURNAL_NAME, LOCK_NAME
+from converter.journal import JOURNAL_NAME
+from converter.output import LOCK_NAME
+from converter.pipeline import Conversion
 from formats import codec
 from formats.checkpoint import Checkpoint
 from formats.devices import BLOCK_WEIGHTS
@@ -21,6 +22,13 @@ from formats.errors import CheckpointError, NonFiniteError, OutputError, Tempora
 from formats.files import lock
 from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
+
+
+def begin(source: Path, out: Path) -> None:
+    """An interrupted conversion of which nothing but its journal is left."""
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Conversion, "convert", lambda self, chunk: (_ for _ in ()).throw(KeyboardInterrupt))
+        convert_folder(source, out)
 
 
 def stored(out: Path) -> dict[str, torch.Tensor]:
@@ -243,8 +251,7 @@ def test_after_any_interruption_the_same_command_gives_the_same_bytes(
 
 def test_leftovers_of_a_killed_run_are_removed(source: Path, out: Path, tmp_path: Path) -> None:
     convert_folder(source, tmp_path / "whole")
-    out.mkdir()
-    (out / JOURNAL_NAME).write_text('{"files": []}')
+    begin(source, out)
     (out / "1_Pooling").mkdir()
     (out / "1_Pooling" / "config.json.0123abcd.partial").write_bytes(b"half")
     (out / "model-00001-of-00002.i4.safetensors.0123abcd.partial").write_bytes(b"half")
@@ -269,27 +276,27 @@ def test_a_full_disk_is_noticed_before_the_work(source: Path, out: Path, monkeyp
 
 
 def test_a_disk_that_fills_up_leaves_no_partial_file(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int, data: memoryview) -> int:
-        if data.nbytes > 500:  # not the journal
+    def full(fd: int, data: memoryview, position: int) -> int:
+        if position > 500:  # not the journal
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(fd, data)
+        return write(fd, data, position)
 
-    write = os.write
-    monkeypatch.setattr(os, "write", full)
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OutputError, match="No space left.*free some space"):
         convert_folder(source, out)
     assert set(contents(out)) == {JOURNAL_NAME}
 
 
 def test_a_source_that_changes_meanwhile_is_noticed(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert_tensor = pipeline.convert_tensor
+    convert = Conversion.convert
 
-    def touch_and_convert(*args: object) -> object:
+    def touch_and_convert(self: Conversion, chunk: memoryview) -> object:
         with (source / "model-00001-of-00002.safetensors").open("ab") as file:
             file.write(b"x")
-        return convert_tensor(*args)
+        return convert(self, chunk)
 
-    monkeypatch.setattr(pipeline, "convert_tensor", touch_and_convert)
+    monkeypatch.setattr(Conversion, "convert", touch_and_convert)
     with pytest.raises(CheckpointError, match="changed while"):
         convert_folder(source, out)
     assert MANIFEST_NAME not in contents(out)
@@ -318,7 +325,9 @@ def test_another_command_removes_what_an_interrupted_overwrite_left(
         patched.setattr(os, "unlink", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert_folder(other, out, overwrite=True)
-    convert_folder(other, out)
+    with pytest.raises(OutputError, match="unfinished conversion with source id 'source' instead of 'other'"):
+        convert_folder(other, out)
+    convert_folder(other, out, overwrite=True)
     convert_folder(other, tmp_path / "fresh")
     assert contents(out) == contents(tmp_path / "fresh")
 
@@ -353,8 +362,10 @@ def test_a_file_that_changed_since_is_not_overwritten(source: Path, out: Path) -
 
 
 def test_a_file_of_the_user_in_an_unfinished_folder_is_kept(source: Path, out: Path) -> None:
-    out.mkdir()
-    (out / JOURNAL_NAME).write_text(json.dumps({"files": [{"name": "LICENSE", "size": 4, "sha256": "0" * 64}]}))
+    begin(source, out)
+    journal = json.loads((out / JOURNAL_NAME).read_text())
+    journal["files"] = [{"name": "LICENSE", "size": 4, "sha256": "0" * 64}]
+    (out / JOURNAL_NAME).write_text(json.dumps(journal))
     (out / "LICENSE").write_text("mine")
     with pytest.raises(OutputError, match="LICENSE"):
         convert_folder(source, out)
@@ -385,8 +396,7 @@ def test_a_link_in_the_output_folder_is_not_ours(source: Path, out: Path, tmp_pa
     (source / "1_Pooling" / "config.json").write_text("{}")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.json").write_text("theirs")
-    out.mkdir()
-    (out / JOURNAL_NAME).write_text('{"files": []}')
+    begin(source, out)
     (out / "1_Pooling").symlink_to(tmp_path / "theirs")
     with pytest.raises(OutputError, match=r"did not write, .* \(1_Pooling\)"):
         convert_folder(source, out)
@@ -406,7 +416,7 @@ def test_weights_that_overflow_as_int4_are_refused_by_name(tmp_path: Path, out: 
     extreme = torch.full((8, 8), 3.4e38)
     extreme[:, ::2] *= -1
     source = write_checkpoint(tmp_path / "source", {"a.weight": extreme}, shards=1)
-    with pytest.raises(NonFiniteError, match=r"'a\.weight': weights up to 3.4e\+38 overflow"):
+    with pytest.raises(NonFiniteError, match=r"'a\.weight': its weights overflow"):
         convert_folder(source, out, Scheme(8, symmetric=False))
 
 

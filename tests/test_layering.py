@@ -17,6 +17,7 @@ FLOORS: dict[str, set[str]] = {
     "formats.sizes": {"formats.layout"},
     "formats.selection": {"formats.errors", "formats.layout"},
     "formats.files": {"formats.errors"},
+    "formats.lane": set(),
     "formats.strict_json": {"formats.errors"},
     "formats.records": {"formats.errors", "formats.layout"},
     "formats.container": {"formats.errors", "formats.files", "formats.layout", "formats.strict_json"},

@@ -27,7 +27,7 @@ TIMES = [Timing(32, 1.0, 2.0), Timing(64, 2.0, 3.0)]
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     source = open_source(str(EXAMPLE))
     plan = make_plan(source, make_recipe(Scheme(64), "absmax", (), ()))
-    return convert(source, plan, tmp_path_factory.mktemp("report") / "out", torch.device("cpu"))
+    return convert(source, plan, tmp_path_factory.mktemp("report") / "out", [torch.device("cpu")])
 
 
 def test_the_page_holds_its_pictures_and_nothing_from_elsewhere(tmp_path: Path, manifest: Manifest) -> None:

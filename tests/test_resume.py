@@ -1,0 +1,222 @@
+"""An interrupted conversion goes on where it stopped, and ends with the bytes of an unbroken one."""
+
+import json
+import os
+import random as chance
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import contents, convert_folder, random, write_checkpoint
+
+from converter.convert import convert, make_recipe
+from converter.journal import SHARDS_NAME
+from converter.output import OutputDir
+from converter.pipeline import Conversion
+from converter.plan import make_plan
+from converter.source import open_source
+from formats.errors import OutputError
+from formats.layout import Scheme
+from formats.manifest import MANIFEST_NAME
+
+NAMES = [f"layers.{i}.proj.weight" for i in range(4)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "source", {name: random(16, 24, seed=i) for i, name in enumerate(NAMES)}, 4)
+
+
+@pytest.fixture
+def whole(source: Path, tmp_path: Path) -> dict[str, bytes]:
+    convert_folder(source, tmp_path / "whole")
+    return contents(tmp_path / "whole")
+
+
+def converted(monkeypatch: pytest.MonkeyPatch, stop_at: str | None = None) -> list[str]:
+    """The names of the tensors that are converted from now on; at `stop_at` comes Ctrl-C."""
+    names: list[str] = []
+    convert = Conversion.convert
+
+    def noting(self: Conversion, chunk: memoryview) -> object:
+        if self.plan.name == stop_at:
+            raise KeyboardInterrupt
+        names.append(self.plan.name)
+        return convert(self, chunk)
+
+    monkeypatch.setattr(Conversion, "convert", noting)
+    return names
+
+
+@pytest.fixture
+def half(source: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A conversion that was interrupted behind its second shard."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        converted(patched, stop_at=NAMES[2])
+        convert_folder(source, out)
+    return out
+
+
+def shard(out: Path, number: int) -> Path:
+    return out / f"model-{number:05d}-of-00004.i4.safetensors"
+
+
+def test_finished_shards_are_not_made_again(
+    source: Path, whole: dict[str, bytes], half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = converted(monkeypatch)
+    convert_folder(source, half)
+    assert names == NAMES[2:]
+    assert contents(half) == whole
+
+
+def test_overwrite_goes_on_too(
+    source: Path, whole: dict[str, bytes], half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = converted(monkeypatch)
+    convert_folder(source, half, overwrite=True)
+    assert names == NAMES[2:]
+    assert contents(half) == whole
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose", "record"])
+def test_a_damaged_shard_is_made_again(
+    source: Path, whole: dict[str, bytes], half: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    path = shard(half, 1)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    if damage == "record":
+        (half / SHARDS_NAME / f"{path.name}.json").write_text("{")
+        path.unlink()
+    elif damage == "lose":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip" else data[:-1])
+    names = converted(monkeypatch)
+    convert_folder(source, half)
+    assert names == [NAMES[0], *NAMES[2:]]
+    assert contents(half) == whole
+
+
+def test_another_option_is_refused_by_name(source: Path, half: Path) -> None:
+    before = contents(half)
+    with pytest.raises(OutputError, match="unfinished conversion with group_size 8 instead of 16; run it again as"):
+        convert_folder(source, half, Scheme(16))
+    assert contents(half) == before
+
+
+def test_another_version_is_refused_by_name(source: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converter.convert.CONVERTER", "int4-convert 99")
+    with pytest.raises(OutputError, match="converter 'int4-convert .*' instead of 'int4-convert 99'"):
+        convert_folder(source, half)
+
+
+def test_overwrite_begins_anew_with_another_option(source: Path, half: Path, tmp_path: Path) -> None:
+    convert_folder(source, half, Scheme(16), overwrite=True)
+    convert_folder(source, tmp_path / "fresh", Scheme(16))
+    assert contents(half) == contents(tmp_path / "fresh")
+
+
+def test_a_source_that_changed_since_is_refused_by_name(source: Path, half: Path) -> None:
+    path = source / "model-00001-of-00004.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(OutputError, match=r"other files than model-00001-of-00004\.safetensors of the source"):
+        convert_folder(source, half)
+    convert_folder(source, half, overwrite=True)
+
+
+def test_a_run_that_was_about_to_finish_makes_no_shard_again(
+    source: Path, whole: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def interrupted(old: Path, new: Path) -> None:
+        if Path(new).name == MANIFEST_NAME:
+            raise KeyboardInterrupt
+        replace(old, new)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", interrupted)
+        convert_folder(source, out)
+    names = converted(monkeypatch)
+    convert_folder(source, out)
+    assert names == []
+    assert contents(out) == whole
+
+
+def test_shards_in_any_order_give_the_same_bytes(source: Path, whole: dict[str, bytes], out: Path) -> None:
+    opened = open_source(str(source))
+    plan = make_plan(opened, make_recipe(Scheme(8), "absmax", (), ()))
+    convert(opened, plan, out, [torch.device("cpu")] * 3)
+    assert contents(out) == whole
+
+
+def test_an_error_in_one_shard_ends_the_others(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_source(str(source))
+    plan = make_plan(opened, make_recipe(Scheme(8), "absmax", (), ()))
+    record = OutputDir.record
+
+    def failing(self: OutputDir, written: object) -> None:
+        raise OutputError("disk gone")
+
+    monkeypatch.setattr(OutputDir, "record", failing)
+    with pytest.raises(OutputError, match="disk gone"):
+        convert(opened, plan, out, [torch.device("cpu")] * 2)
+    assert not [name for name in contents(out) if name.endswith("safetensors") or "partial" in name]
+    monkeypatch.setattr(OutputDir, "record", record)
+    convert(opened, plan, out, [torch.device("cpu")])
+
+
+CONVERT = """
+import sys, torch
+from checkpoints import convert_folder
+from pathlib import Path
+print("ready", flush=True)
+convert_folder(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def run_and_kill(source: Path, out: Path, signum: int, delay: float) -> int:
+    """Convert in a process of its own, which gets a signal `delay` seconds after it began; its exit code."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", CONVERT, str(source), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signum)
+        return process.wait()
+
+
+def test_a_conversion_that_is_killed_again_and_again_ends_the_same(
+    source: Path, whole: dict[str, bytes], out: Path
+) -> None:
+    rounds = int(os.environ.get("KILL_ROUNDS", "20"))
+    chances = chance.Random(0)
+    killed = 0
+    for _ in range(rounds):
+        killed += run_and_kill(source, out, signal.SIGKILL, chances.uniform(0, 0.06)) != 0
+        found = contents(out) if out.exists() else {}
+        assert all(found[name] == whole[name] for name in found.keys() & whole.keys())
+        if MANIFEST_NAME in found:
+            assert {name for name in found if not name.startswith(".")} == whole.keys()
+            for path in out.iterdir():
+                if path.is_file():
+                    path.unlink()
+    assert killed > rounds // 4
+    convert_folder(source, out)
+    assert contents(out) == whole
+
+
+def test_the_journal_and_records_hold_no_time_and_no_host(half: Path) -> None:
+    records = [*(half / SHARDS_NAME).iterdir()]
+    assert len(records) == 2
+    for path in records:
+        assert json.loads(path.read_text()).keys() == {"file", "source", "tensors"}
