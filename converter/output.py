@@ -35,6 +35,7 @@ from formats.manifest import (
     FORMAT_VERSION,
     INDEX_NAME,
     MANIFEST_NAME,
+    SHARD_METADATA,
     FileRecord,
     Manifest,
     SourceRecord,
@@ -99,9 +100,8 @@ class OutputDir:
     @contextmanager
     def writer(self, shard: ShardPlan) -> Iterator[Writer]:
         """Yield the writer of one shard, which takes its name at the end: `record` it as the last thing before."""
-        metadata = {"format": "pt", "i4.format_version": str(FORMAT_VERSION)}
         with publish(self.folder / shard.output) as file:
-            yield Writer(file, shard.stored, metadata)
+            yield Writer(file, shard.stored, SHARD_METADATA)
 
     def record(self, record: ShardRecord) -> None:
         """Note what a written shard was made from and holds; any thread may."""

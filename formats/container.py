@@ -78,20 +78,6 @@ class Container:
         entry = self.tensors[name]
         return self._read(entry.start, entry.end)
 
-    def stream(self, digest: "hashlib._Hash | None" = None) -> Iterator[tuple[str, TensorSpec, bytearray]]:
-        """Yield every tensor once, in file order; `digest` is fed the whole file, its header included.
-
-        Raises `CheckpointError` if the file changed since it was opened.
-        """
-        if digest is not None:
-            digest.update(self._header)
-        for name, entry in self.tensors.items():
-            data = self._read(entry.start, entry.end)
-            if digest is not None:
-                digest.update(data)
-            yield name, entry.spec, data
-        self._refuse_changed()
-
     def chunks(
         self, spans: Sequence[tuple[int, int]], buffers: Sequence[memoryview], digest: "hashlib._Hash"
     ) -> Iterator[memoryview]:
@@ -113,7 +99,7 @@ class Container:
                     chunk = reads.popleft().result()
                     hashes.append(hasher.submit(digest.update, chunk))
                     yield chunk
-        self._refuse_changed()
+        self.refuse_changed()
 
     def _fill(self, span: tuple[int, int], buffer: memoryview) -> memoryview:
         """The bytes of `span`, in the beginning of `buffer`."""
@@ -143,7 +129,8 @@ class Container:
                 )
             done += count
 
-    def _refuse_changed(self) -> None:
+    def refuse_changed(self) -> None:
+        """Raise `CheckpointError` if the file is not what it was when it was opened."""
         now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self.size, self._opened.st_mtime_ns):
             raise CheckpointError(f"{self.path}: changed while it was read; wait until it is complete and run again")

@@ -17,6 +17,7 @@ MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "model.safetensors.index.i4.json"
 SHARD_SUFFIX = ".i4" + SUFFIX
 FORMAT_VERSION = 1
+SHARD_METADATA = {"format": "pt", "i4.format_version": str(FORMAT_VERSION)}  # of every shard
 SHA256 = re.compile("[0-9a-f]{64}")
 FEATURES: frozenset[str] = frozenset()  # what a `requires` entry may name in this version
 

@@ -41,6 +41,25 @@ def test_one_flipped_bit_anywhere_is_reported(folder: Path) -> None:
     Checkpoint(folder).verify()
 
 
+def test_every_flipped_bit_and_every_cut_of_a_shard_is_found_by_loading(tmp_path: Path) -> None:
+    convert_folder(write_checkpoint(tmp_path / "source", {"a.weight": random(8, 8)}, shards=1), tmp_path / "out")
+    checkpoint = Checkpoint(tmp_path / "out")
+    path = shard_of(tmp_path / "out")
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << (bit % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            list(checkpoint.stream())
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError):
+            list(checkpoint.stream())
+    path.write_bytes(whole)
+    assert len(list(checkpoint.stream())) == 2
+
+
 @pytest.mark.parametrize("change", [-1, 1])
 def test_a_file_of_another_size_is_refused_at_once(folder: Path, change: int) -> None:
     path = shard_of(folder)
@@ -117,5 +136,5 @@ def test_a_row_with_the_digest_of_another_tensor_is_found(folder: Path) -> None:
     row = next(row for row in manifest["tensors"] if row["name"] == "model.norm.weight")
     row["sha256"] = ["0" * 64]
     reseal(folder, manifest)
-    with pytest.raises(CheckpointError, match="'model.norm.weight' has another SHA-256 than its row"):
+    with pytest.raises(CheckpointError, match="tensor 'model.norm.weight' has the SHA-256 .* the manifest says 000000"):
         Checkpoint(folder).verify()

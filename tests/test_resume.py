@@ -1,13 +1,11 @@
 """An interrupted conversion goes on where it stopped, and ends with the bytes of an unbroken one."""
 
 import json
+import multiprocessing
 import os
 import random as chance
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,35 +172,32 @@ def test_an_error_in_one_shard_ends_the_others(source: Path, out: Path, monkeypa
     convert(opened, plan, out, [torch.device("cpu")])
 
 
-CONVERT = """
-import sys, torch
-from checkpoints import convert_folder
-from pathlib import Path
-print("ready", flush=True)
-convert_folder(Path(sys.argv[1]), Path(sys.argv[2]))
-"""
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Where processes begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["checkpoints"])
+    return context
 
 
-def run_and_kill(source: Path, out: Path, signum: int, delay: float) -> int:
-    """Convert in a process of its own, which gets a signal `delay` seconds after it began; its exit code."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CONVERT, str(source), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signum)
-        return process.wait()
+def killed(processes: Any, source: Path, out: Path, delay: float) -> bool:
+    """Convert in a process of its own and kill it `delay` seconds later; whether it had not ended by then."""
+    process = processes.Process(target=convert_folder, args=(source, out))
+    process.start()
+    process.join(delay)
+    process.kill()
+    process.join()
+    return bool(process.exitcode)
 
 
 def test_a_conversion_that_is_killed_again_and_again_ends_the_same(
-    source: Path, whole: dict[str, bytes], out: Path
+    source: Path, whole: dict[str, bytes], out: Path, processes: Any
 ) -> None:
     rounds = int(os.environ.get("KILL_ROUNDS", "20"))
     chances = chance.Random(0)
-    killed = 0
+    kills = 0
     for _ in range(rounds):
-        killed += run_and_kill(source, out, signal.SIGKILL, chances.uniform(0, 0.06)) != 0
+        kills += killed(processes, source, out, chances.uniform(0, 0.15))
         found = contents(out) if out.exists() else {}
         assert all(found[name] == whole[name] for name in found.keys() & whole.keys())
         if MANIFEST_NAME in found:
@@ -210,7 +205,7 @@ def test_a_conversion_that_is_killed_again_and_again_ends_the_same(
             for path in out.iterdir():
                 if path.is_file():
                     path.unlink()
-    assert killed > rounds // 4
+    assert kills > rounds // 4
     convert_folder(source, out)
     assert contents(out) == whole
 
