@@ -100,8 +100,8 @@ class OutputDir:
     @contextmanager
     def writer(self, shard: ShardPlan) -> Iterator[Writer]:
         """Yield the writer of one shard, which takes its name at the end: `record` it as the last thing before."""
-        with publish(self.folder / shard.output) as file:
-            yield Writer(file, shard.stored, SHARD_METADATA)
+        with publish(self.folder / shard.output) as file, Writer(file, shard.stored, SHARD_METADATA) as writer:
+            yield writer
 
     def record(self, record: ShardRecord) -> None:
         """Note what a written shard was made from and holds; any thread may."""

@@ -49,7 +49,7 @@ def convert_shard(
         places = [span for _, span in work]
         size = max((end - start for start, end in places), default=1)
         buffers = [host_buffer(size, pinned=device.type == "cuda") for _ in range(CHUNKS)]
-        with Lane() as hashing, Lane() as writing, own_stream(device):
+        with Lane() as hashing, own_stream(device):
             for chunk, (tensor, _) in zip(container.chunks(places, buffers, digest), work, strict=True):
                 try:
                     parts = list(tensor.convert(chunk))
@@ -59,7 +59,7 @@ def convert_shard(
                     raise
                 for name, data in parts:
                     hashing.put(tensor.digests[name].update, data)
-                    writing.put(writer.put, name, data)
+                    writer.put(name, data)
                 progress(len(chunk))
         source_file = FileRecord(shard.source, container.size, digest.hexdigest())
         rows = tuple(tensor.record(shard.output) for tensor in tensors)

@@ -58,9 +58,8 @@ class PreparedLayers:
             for suffix, tensor in zip((PACKED, SCALE, ZERO_POINT), matrix.quantized.tensors(), strict=False)
         }
         errors = json.dumps({name: matrix.output_error for name, matrix in matrices.items()})
-        with publish(path) as file:
-            specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
-            writer = Writer(file, specs, {"key": self.key, "errors": errors})
+        specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
+        with publish(path) as file, Writer(file, specs, {"key": self.key, "errors": errors}) as writer:
             for name, tensor in tensors.items():
                 writer.put(name, bytes_of(tensor))
             writer.finish()

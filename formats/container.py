@@ -16,6 +16,7 @@ from typing import Any
 
 from formats.errors import CheckpointError
 from formats.files import READ_BLOCK, NewFile, open_regular
+from formats.lane import Lane
 from formats.layout import DTYPE_BYTES, MAX_SIZE, TensorSpec
 from formats.strict_json import parse_object
 
@@ -229,12 +230,14 @@ def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
 class Writer:
     """Writes tensors into a new file in the places of `file_order`, piece by piece, and hashes the file meanwhile.
 
-    What comes in the order of the file is hashed as it comes; the rest is read again at the end.
+    Use as a context: one thread writes and one hashes, and a piece is not to change once it is given. What comes in the
+    order of the file is hashed as it comes; the rest is read again at the end.
     """
 
     def __init__(self, file: NewFile, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
         header = build_header(specs, metadata)
         self._file = file
+        self._writing, self._hashing = Lane(), Lane()
         self._digest = hashlib.sha256()
         self._hashed = 0
         self._size = len(header)
@@ -245,8 +248,20 @@ class Writer:
             self._size = end
         self._write(header, 0)
 
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writing.__exit__(kind, error, trace)
+        self._hashing.__exit__(kind, error, trace)
+
     def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
-        """Write the next bytes of the tensor `name`; raises `ValueError` when they are more than was announced."""
+        """Write the next bytes of the tensor `name`; raises `ValueError` when they are more than was announced.
+
+        An error of writing may be raised by a later call.
+        """
         position, end = self._left[name]
         if position + len(data) > end:
             raise ValueError(f"{name}: got {position + len(data) - end} bytes too many")
@@ -258,6 +273,8 @@ class Writer:
         for name, (position, end) in self._left.items():
             if position != end:
                 raise ValueError(f"{name}: {end - position} bytes were never written")
+        self._writing.drain()
+        self._hashing.drain()
         while self._hashed < self._size:
             data = self._file.read(min(READ_BLOCK, self._size - self._hashed), self._hashed)
             self._digest.update(data)
@@ -265,7 +282,7 @@ class Writer:
         return self._size, self._digest.hexdigest()
 
     def _write(self, data: bytes | bytearray | memoryview, position: int) -> None:
-        self._file.write(data, position)
+        self._writing.put(self._file.write, data, position)
         if position == self._hashed:
-            self._digest.update(data)
+            self._hashing.put(self._digest.update, data)
             self._hashed += len(data)

@@ -27,11 +27,16 @@ class Lane:
             self._waiting.popleft().result()
         self._waiting.append(self._pool.submit(call, *args))
 
+    def drain(self) -> None:
+        """Wait until all calls are made."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            while self._waiting and error is None:
-                self._waiting.popleft().result()
+            if error is None:
+                self.drain()
         finally:
             self._pool.shutdown(cancel_futures=True)

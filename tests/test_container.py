@@ -119,8 +119,8 @@ def test_a_flipped_bit_of_the_header_never_raises_anything_else(tmp_path: Path) 
 def write(
     path: Path, tensors: dict[str, torch.Tensor], order: Callable[[list[str]], list[str]] = list
 ) -> tuple[int, str]:
-    with publish(path) as file:
-        writer = Writer(file, {name: spec_of(tensor) for name, tensor in tensors.items()}, {"format": "pt"})
+    specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
+    with publish(path) as file, Writer(file, specs, {"format": "pt"}) as writer:
         for name in order(list(tensors)):
             data = bytes_of(tensors[name])
             writer.put(name, data[:5])
@@ -206,16 +206,14 @@ def test_tensors_of_whole_words_keep_the_order_given() -> None:
 
 
 def test_a_missing_tensor_is_noticed(tmp_path: Path) -> None:
-    with publish(tmp_path / "a") as file:
-        writer = Writer(file, {"a": TensorSpec("F32", (2,))}, {})
+    with publish(tmp_path / "a") as file, Writer(file, {"a": TensorSpec("F32", (2,))}, {}) as writer:
         writer.put("a", b"\0" * 3)
         with pytest.raises(ValueError, match="a: 5 bytes were never written"):
             writer.finish()
 
 
 def test_a_tensor_of_the_wrong_size_is_noticed(tmp_path: Path) -> None:
-    with publish(tmp_path / "a") as file:
-        writer = Writer(file, {"a": TensorSpec("F32", (2,))}, {})
+    with publish(tmp_path / "a") as file, Writer(file, {"a": TensorSpec("F32", (2,))}, {}) as writer:
         writer.put("a", b"\0" * 7)
         with pytest.raises(ValueError, match="got 1 bytes too many"):
             writer.put("a", b"\0" * 2)

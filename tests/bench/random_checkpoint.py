@@ -16,7 +16,7 @@ from formats.layout import TensorSpec
 from formats.tensors import bytes_of
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-llama"
-SHARD_BYTES = 5 << 30
+SHARD_BYTES = 5_000_000_000  # as the Hub's models come
 SIZES = {  # the public configurations of Llama-3.2-1B and Llama-3.1-8B
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
@@ -84,8 +84,7 @@ def main(out_dir: Path, size: str, layers: int | None) -> None:
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        with publish(out_dir / file) as fd:
-            writer = Writer(fd, shard, {"format": "pt"})
+        with publish(out_dir / file) as new, Writer(new, shard, {"format": "pt"}) as writer:
             for name, spec in shard.items():
                 writer.put(name, bytes_of(random_tensor(spec, device)))
                 weight_map[name] = file
