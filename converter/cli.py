@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from converter.calibrate import LayerReport
 from converter.convert import convert, make_recipe
+from converter.pipeline import warm_up
 from converter.plan import Plan, make_plan
 from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
 from converter.source import open_source
@@ -83,6 +84,7 @@ def command(
     if dry_run:
         _print_plan(plan, as_json)
         return
+    warm_up(plan, [chosen])
     # disable=None: a bar only where someone watches it.
     disable = True if quiet else None
     layers = tqdm(unit="layer", desc="calibrating", disable=True if windows is None else disable)

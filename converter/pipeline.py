@@ -1,7 +1,7 @@
 """The road of a shard: read → device → quantise → write, in threads beside one another, a chunk of rows at a time."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from converter.journal import ShardRecord
 from converter.output import OutputDir
-from converter.plan import ShardPlan, TensorPlan
+from converter.plan import Plan, ShardPlan, TensorPlan
 from converter.prepared import Prepared, PreparedLayers
 from converter.quality import error_record, sums
 from converter.quantize import METHODS
@@ -64,6 +64,17 @@ def convert_shard(
         source_file = FileRecord(shard.source, container.size, digest.hexdigest())
         rows = tuple(tensor.record(shard.output) for tensor in tensors)
         out.record(ShardRecord(FileRecord(shard.output, *writer.finish()), source_file, rows))
+
+
+def warm_up(plan: Plan, devices: Sequence[torch.device]) -> None:
+    """Compile the kernels that `plan` needs on every GPU, before threads would all do it at once."""
+    kinds = {(tensor.spec.dtype, tensor.spec.shape[1]) for tensor in plan.tensors if tensor.quantized}
+    recipe = plan.recipe
+    for device in {device for device in devices if device.type == "cuda"}:
+        for dtype, columns in kinds:
+            weight = torch.ones(CODES_PER_WORD, columns, dtype=TORCH_DTYPES[dtype], device=device)
+            quantized = METHODS.get(recipe.method, search)(weight, recipe.scheme, TORCH_DTYPES[scale_dtype_for(dtype)])
+            sums(weight, quantized, recipe.scheme)
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:

@@ -7,15 +7,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from formats.codec import check_scale
 from formats.container import Container
 from formats.errors import CheckpointError
 from formats.files import hash_file, link_roots
 from formats.layout import SCALE, TensorSpec
 from formats.manifest import SHARD_METADATA, FileRecord, Manifest, read_manifest
-from formats.tensors import tensor_from
+from formats.tensors import TORCH_DTYPES, view_of
 
 READING_THREADS = 8  # one alone hashes more slowly than a disk reads
+PIECE_BYTES = 16 << 20  # of a tensor, on its way to a GPU
 AHEAD_BYTES = 1 << 31  # of tensors that are read before they are asked for
 
 
@@ -40,17 +44,20 @@ class Checkpoint:
             if found != f"is {size} bytes":
                 raise CheckpointError(f"{path}: {found}, the manifest says {size} bytes; fetch the file again")
 
-    def stream(self, verify: bool = True) -> Iterator[tuple[str, TensorSpec, bytearray]]:
-        """Yield every stored tensor, shard by shard; with `verify` the SHA-256 of each is checked first.
+    def stream(
+        self, verify: bool = True, device: torch.device | None = None
+    ) -> Iterator[tuple[str, TensorSpec, Tensor]]:
+        """Yield every stored tensor, the largest first, on `device` (or the CPU); with `verify` its SHA-256 is checked.
 
         Several are read and hashed at once. Raises `CheckpointError` on a header that differs from the manifest, a
         wrong digest, a bad scale or a file that changes meanwhile.
         """
-        reads: deque[tuple[str, TensorSpec, Future[bytearray]]] = deque()
+        reads: deque[tuple[str, TensorSpec, Future[Tensor]]] = deque()
         with ExitStack() as stack, ThreadPoolExecutor(READING_THREADS) as pool:
-            for container, name in self._tensors(stack):
+            entries = [(container, name) for container in self._containers(stack) for name in container.tensors]
+            for container, name in sorted(entries, key=lambda entry: -entry[0].tensors[entry[1]].spec.nbytes):
                 spec = container.tensors[name].spec
-                reads.append((name, spec, pool.submit(self._read, container, name, verify)))
+                reads.append((name, spec, pool.submit(self._read, container, name, verify, device)))
                 while sum(spec.nbytes for _, spec, _ in reads) > AHEAD_BYTES:
                     yield _first(reads)
             while reads:
@@ -65,25 +72,29 @@ class Checkpoint:
             for name, digest in zip(self.files, found, strict=True):
                 self._check_digest(name, digest)
 
-    def _tensors(self, stack: ExitStack) -> Iterator[tuple[Container, str]]:
-        """Every stored tensor with its file, which `stack` closes once all are read."""
+    def _containers(self, stack: ExitStack) -> Iterator[Container]:
+        """Every shard, opened until `stack` ends, which sees that none has changed meanwhile."""
         for shard, specs in self.manifest.shards.items():
             path = self.folder / shard
             container = stack.enter_context(Container(path, self._roots))
-            _compare(specs, container, path)
-            yield from ((container, name) for name in container.tensors)
             stack.callback(container.refuse_changed)
+            _compare(specs, container, path)
+            yield container
 
-    def _read(self, container: Container, name: str, verify: bool) -> bytearray:
-        data = container.read(name)
-        if verify and (found := hashlib.sha256(data).hexdigest()) != self._digests[name]:
+    def _read(self, container: Container, name: str, verify: bool, device: torch.device | None) -> Tensor:
+        digest = hashlib.sha256() if verify else None
+        tensor = read_tensor(container, name, device, digest)
+        if digest is not None and (found := digest.hexdigest()) != self._digests[name]:
             raise CheckpointError(
                 f"{container.path}: tensor {name!r} has the SHA-256 {found[:12]}…, the manifest says "
                 f"{self._digests[name][:12]}…; the file is damaged: fetch it again"
             )
         if name in self._scales:
-            _check_scale(name, container.tensors[name].spec, data, container.path)
-        return data
+            try:
+                check_scale(tensor)
+            except CheckpointError as error:
+                raise CheckpointError(f"{container.path}: {name}: {error}") from None
+        return tensor
 
     def _check_digest(self, name: str, found: str) -> None:
         expected = self.files[name].sha256
@@ -94,9 +105,30 @@ class Checkpoint:
             )
 
 
-def _first(reads: deque[tuple[str, TensorSpec, Future[bytearray]]]) -> tuple[str, TensorSpec, bytearray]:
-    name, spec, data = reads.popleft()
-    return name, spec, data.result()
+def read_tensor(
+    container: Container, name: str, device: torch.device | None = None, digest: "hashlib._Hash | None" = None
+) -> Tensor:
+    """A tensor of `container` on `device`, or the CPU, piece by piece; `digest` is fed its bytes."""
+    entry = container.tensors[name]
+    tensor = torch.empty(entry.spec.shape, dtype=TORCH_DTYPES[entry.spec.dtype], device=device)
+    on_host = tensor.device.type == "cpu"
+    octets = tensor.flatten().view(torch.uint8)
+    place = octets if on_host else torch.empty(min(len(octets), PIECE_BYTES), dtype=torch.uint8, pin_memory=True)
+    view = view_of(place)
+    for start in range(0, len(octets), PIECE_BYTES):
+        end = min(start + PIECE_BYTES, len(octets))
+        piece = view[start:end] if on_host else view[: end - start]
+        container.read_into(piece, entry.start + start)
+        if digest is not None:
+            digest.update(piece)
+        if not on_host:
+            octets[start:end] = place[: end - start]
+    return tensor
+
+
+def _first(reads: deque[tuple[str, TensorSpec, Future[Tensor]]]) -> tuple[str, TensorSpec, Tensor]:
+    name, spec, tensor = reads.popleft()
+    return name, spec, tensor.result()
 
 
 def _compare(expected: dict[str, TensorSpec], container: Container, path: Path) -> None:
@@ -109,10 +141,3 @@ def _compare(expected: dict[str, TensorSpec], container: Container, path: Path) 
             )
     if container.metadata != SHARD_METADATA:
         raise CheckpointError(f"{path}: __metadata__ is {container.metadata!r:.200}, expected {SHARD_METADATA}")
-
-
-def _check_scale(name: str, spec: TensorSpec, data: bytearray, path: Path) -> None:
-    try:
-        check_scale(tensor_from(data, spec))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {name}: {error}") from None

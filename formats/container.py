@@ -79,6 +79,23 @@ class Container:
         entry = self.tensors[name]
         return self._read(entry.start, entry.end)
 
+    def read_into(self, view: memoryview, start: int) -> None:
+        """Fill `view` with the bytes of the file from `start` on."""
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._fd, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path}: cannot be read at byte {start + done} ({error.strerror})"
+                ) from None
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {start + done}, expected at least {start + len(view)}; "
+                    "the file was cut short"
+                )
+            done += count
+
     def chunks(
         self, spans: Sequence[tuple[int, int]], buffers: Sequence[memoryview], digest: "hashlib._Hash"
     ) -> Iterator[memoryview]:
@@ -106,29 +123,13 @@ class Container:
         """The bytes of `span`, in the beginning of `buffer`."""
         start, end = span
         view = buffer[: end - start]
-        self._read_into(view, start)
+        self.read_into(view, start)
         return view
 
     def _read(self, start: int, end: int) -> bytearray:
         data = bytearray(end - start)
-        self._read_into(memoryview(data), start)
+        self.read_into(memoryview(data), start)
         return data
-
-    def _read_into(self, view: memoryview, start: int) -> None:
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._fd, [view[done:]], start + done)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self.path}: cannot be read at byte {start + done} ({error.strerror})"
-                ) from None
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.path}: ends at byte {start + done}, expected at least {start + len(view)}; "
-                    "the file was cut short"
-                )
-            done += count
 
     def refuse_changed(self) -> None:
         """Raise `CheckpointError` if the file is not what it was when it was opened."""

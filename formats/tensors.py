@@ -18,10 +18,12 @@ TORCH_DTYPES = {
 
 def host_buffer(nbytes: int, *, pinned: bool) -> memoryview:
     """Memory on the host, `pinned` where a GPU is to copy from it."""
-    if not pinned:
-        return memoryview(bytearray(nbytes))
-    tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    array = (ctypes.c_ubyte * nbytes).from_address(tensor.data_ptr())
+    return view_of(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned))
+
+
+def view_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous `tensor` on the host, to be read and written as bytes."""
+    array = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     array.owner = tensor  # type: ignore[attr-defined]  # lives as long as the view
     return memoryview(array).cast("B")
 

@@ -16,7 +16,7 @@ from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme
 from formats.manifest import Manifest, TensorRecord
 from formats.selection import WEIGHT
 from formats.skeleton import build
-from formats.tensors import TORCH_DTYPES, spec_of, tensor_from
+from formats.tensors import TORCH_DTYPES, spec_of
 from runtime.linear import Int4Linear
 from runtime.siblings import join as join_siblings
 
@@ -117,11 +117,11 @@ def fill(
     _refuse_meta_tables(module, tied, where)
     _check_kept(held, rows, used, tied, where)
     layers = [_swap(module, row, scheme, activations) for row in rows if row.quantized]
-    for name, spec, data in checkpoint.stream(verify):
+    for name, _, tensor in checkpoint.stream(verify, device):
         if name in used:
             # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
             names = tied[name] - (used - {name})
-            _assign(module, names, tensor_from(data, spec), device, dtype)
+            _assign(module, names, tensor, device, dtype)
     module.to(device)
     for layer in layers:
         layer.arrange()

@@ -41,7 +41,7 @@ FLOORS["formats.manifest"] = {
 }  # fmt: skip
 FLOORS["formats.checkpoint"] = {
     "formats.codec", "formats.container", "formats.errors", "formats.files", "formats.layout", "formats.manifest",
-    "formats.tensors",
+    "formats.tensors", "torch",
 }  # fmt: skip
 FLOORS["formats.cli"] = {
     "formats.checkpoint", "formats.command", "formats.layout", "formats.manifest", "formats.records", "click",

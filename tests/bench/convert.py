@@ -1,7 +1,8 @@
 """Speed and memory of a whole conversion, and of loading its result, beside a plain program that moves the same bytes.
 
-The plain program reads every shard, copies it to the device and writes as many bytes as the converter does, in as many
-threads, without hashing or quantising anything. The result is verified, and rows of a matrix are compared with torch's.
+The plain program reads every shard, copies it to the device and writes as many bytes as the converter does, in one
+thread or in as many as the converter has shards at work, without hashing or quantising anything. The first load imports
+the model's code too. The result is verified, and rows of a matrix are compared with torch's.
 
 Run: PYTHONPATH=.:tests:tests/bench python tests/bench/convert.py SOURCE OUT [--json FILE] [-- OPTIONS of int4-convert]
 """
@@ -35,12 +36,16 @@ BLOCK_BYTES = 16 << 20
 CHECKED_ROWS = 64
 CONVERT = "from converter.cli import main; main()"
 LOAD = """
-import json, sys, time, torch, transformers, runtime
-started = time.perf_counter()
-runtime.load(sys.argv[1])
-if torch.cuda.is_available():
-    torch.cuda.synchronize()
-print(json.dumps(time.perf_counter() - started))
+import json, sys, time, torch, runtime
+seconds = []
+for _ in range(4):
+    started = time.perf_counter()
+    model = runtime.load(sys.argv[1])
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - started)
+    del model
+print(json.dumps(seconds))
 """
 
 
@@ -67,13 +72,13 @@ def move(path: Path, target: Path, nbytes: int, device: torch.device) -> None:
                 written += len(part)
 
 
-def plain_seconds(source: Source, out: Path, target: Path, device: torch.device) -> float:
+def plain_seconds(source: Source, out: Path, target: Path, device: torch.device, threads: int) -> float:
     """Seconds of the plain program."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     sizes = [path.stat().st_size for path in sorted(out.glob("*.i4.safetensors"))]
     started = time.perf_counter()
-    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         moves = [
             pool.submit(move, source.folder / shard, target / shard, size, device)
             for shard, size in zip(source.shards, sizes, strict=True)
@@ -96,20 +101,24 @@ def check(source: Source, out: Path) -> None:
         weight = tensor_from(container.read(row.name), row.spec)[:CHECKED_ROWS]
     expected = METHODS[recipe.method](weight, recipe.scheme, TORCH_DTYPES[scale_dtype_for(row.dtype)])
     first = next(iter(row.stored(recipe.scheme)))
-    packed = next(tensor_from(data, spec) for name, spec, data in checkpoint.stream(verify=False) if name == first)
+    packed = next(tensor for name, _, tensor in checkpoint.stream(verify=False) if name == first)
     if not torch.equal(packed[:CHECKED_ROWS], expected.packed):
         raise click.ClickException(f"{out}: {row.name} is not what torch finds")
 
 
 def measure(source: Source, out: Path, options: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Convert and move the same bytes in turn, check the result, load it."""
-    summaries, plain = [], []
+    summaries, commands = [], []
+    plain: dict[int, list[float]] = {1: [], SHARDS_AT_ONCE: []}
     for _ in range(ROUNDS):
         shutil.rmtree(out, ignore_errors=True)
+        started = time.perf_counter()
         summaries.append(run(CONVERT, source.folder, out, "--json", *options))
-        plain.append(plain_seconds(source, out, out.with_name(f"{out.name}-plain"), device))
+        commands.append(time.perf_counter() - started)
+        for threads, seconds in plain.items():
+            seconds.append(plain_seconds(source, out, out.with_name(f"{out.name}-plain"), device, threads))
     check(source, out)
-    loads = [run(LOAD, out) for _ in range(ROUNDS)]
+    first, *loads = run(LOAD, out)
     seconds, stored = median(summary["seconds"] for summary in summaries), summaries[0]["stored_bytes"]
     return {
         "source_bytes": source.nbytes,
@@ -117,9 +126,12 @@ def measure(source: Source, out: Path, options: Sequence[str], device: torch.dev
         "largest_tensor_bytes": max(spec.nbytes for tensors in source.shards.values() for spec in tensors.values()),
         "seconds": seconds,
         "gb_s": round(source.nbytes / seconds / 1e9, 2),
-        "percent_of_plain": round(100 * median(plain) / seconds, 1),
+        "percent_of_plain": round(100 * median(plain[1]) / seconds, 1),
+        f"percent_of_{SHARDS_AT_ONCE}_threads": round(100 * median(plain[SHARDS_AT_ONCE]) / seconds, 1),
+        "command_seconds": round(median(commands), 2),
         "peak_host_bytes": max(summary["peak_host_bytes"] for summary in summaries),
         "peak_gpu_bytes": max(summary["peak_gpu_bytes"] for summary in summaries),
+        "first_load_seconds": round(first, 2),
         "load_seconds": round(median(loads), 2),
         "load_gb_s": round(stored / median(loads) / 1e9, 2),
     }
