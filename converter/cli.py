@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,20 @@ from tqdm import tqdm
 
 from converter.calibrate import LayerReport
 from converter.convert import convert, make_recipe
-from converter.pipeline import warm_up
+from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
 from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
-from converter.source import open_source
+from converter.source import Source, open_source
 from formats import __version__
 from formats.command import echo, run
-from formats.devices import parse_device, peak_memory
+from formats.devices import parse_devices, peak_memory
 from formats.errors import UsageError, some
 from formats.layout import Scheme
 from formats.manifest import CalibrationRecord
 from formats.sizes import Sizes
 from formats.texts import calibration_text, drawn_windows, tokenize
 
+STAGING_NAME = ".int4-convert-source"
 NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 
 
@@ -42,8 +44,10 @@ NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantise these too, such as lm_head (repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these as they are (repeatable).")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.  [default: its main branch]")
-@click.option("--device", help="Where to quantise.  [default: cuda if there is a GPU, else cpu]")
-@click.option("--dry-run", is_flag=True, help="Print what would happen to each tensor, and write nothing.")
+@click.option("--device", "--devices", "devices", metavar="DEVICES", help="Where to quantise: cpu, cuda:0, "
+              "cuda:0,cuda:1 or all GPUs.  [default: cuda if there is a GPU, else cpu]")  # fmt: skip
+@click.option("--low-disk", is_flag=True, help="Hold at most two weight files of a Hub repository at a time.")
+@click.option("--dry-run", is_flag=True, help="Print what would happen to each tensor, and fetch and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in OUT_DIR.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (and with --dry-run the plan) as JSON.")
@@ -61,7 +65,8 @@ def command(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     revision: str | None,
-    device: str | None,
+    devices: str | None,
+    low_disk: bool,
     dry_run: bool,
     overwrite: bool,
     quiet: bool,
@@ -72,8 +77,11 @@ def command(
     PATTERN is a glob on the name of a tensor or its module, or a regular expression after "re:".
     """
     _check_method(method, calibration)
-    chosen = parse_device(device)
-    source = open_source(model, revision, quiet=quiet)
+    if low_disk and calibration is not None:
+        raise UsageError("--low-disk: calibration reads all of the model twice; leave one of the two out")
+    chosen = parse_devices(devices)
+    staging = out_dir / STAGING_NAME if low_disk else None
+    source = open_source(model, revision, staging=staging, headers_only=dry_run, quiet=quiet)
     windows = text_record = None
     if calibration is not None:
         text = calibration_text(calibration)
@@ -82,9 +90,9 @@ def command(
     recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude, text_record)
     plan = make_plan(source, recipe)
     if dry_run:
-        _print_plan(plan, as_json)
+        _print_plan(plan, source, as_json)
         return
-    warm_up(plan, [chosen])
+    warm_up(plan, chosen)
     # disable=None: a bar only where someone watches it.
     disable = True if quiet else None
     layers = tqdm(unit="layer", desc="calibrating", disable=True if windows is None else disable)
@@ -92,17 +100,20 @@ def command(
     with layers, done:
         started = time.monotonic()
         manifest = convert(
-            source, plan, out_dir, [chosen],
+            source, plan, out_dir, chosen,
             windows=windows, overwrite=overwrite, progress=done.update, calibrated=partial(_show_layer, layers),
         )  # fmt: skip
         seconds = time.monotonic() - started
+    if staging is not None:
+        shutil.rmtree(staging, ignore_errors=True)
     host, gpu = peak_memory(chosen)
     if as_json:
         spent = {"seconds": round(seconds, 3), "peak_host_bytes": host, "peak_gpu_bytes": gpu}
         echo(json.dumps({**dataclasses.asdict(manifest.sizes), **spent}))
     elif not quiet:
         memory = f"{host / 1e9:.1f} GB of memory" + (f" and {gpu / 1e9:.1f} GB of the GPU's" if gpu else "")
-        echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {chosen} with at most {memory}")
+        where = ", ".join(map(str, chosen))
+        echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {where} with at most {memory}")
 
 
 def _check_method(method: str, calibration: str | None) -> None:
@@ -131,14 +142,17 @@ def _sentence(sizes: Sizes) -> str:
     )
 
 
-def _print_plan(plan: Plan, as_json: bool) -> None:
+def _print_plan(plan: Plan, source: Source, as_json: bool) -> None:
+    needs = {"download_bytes": source.missing_bytes, "disk_bytes": plan.sizes.stored_bytes + source.staged_bytes}
     if as_json:
         rows = [dataclasses.asdict(tensor) for tensor in plan.tensors]
-        echo(json.dumps({**dataclasses.asdict(plan.sizes), "tensors": rows}))
+        echo(json.dumps({**dataclasses.asdict(plan.sizes), **needs, "tensors": rows}))
         return
     for tensor in plan.tensors:
         echo(f"{'int4' if tensor.quantized else 'keep'}  {tensor.name}  {tensor.spec}  ({tensor.reason})")
     echo(f"would write: {_sentence(plan.sizes)}")
+    download = f"{needs['download_bytes'] / 1e6:,.1f} MB to download" if source.revision else "nothing to download"
+    echo(f"would need: {download}, {needs['disk_bytes'] / 1e6:,.1f} MB of disk for the output, {memory_needed(plan)}")
 
 
 def main() -> None:

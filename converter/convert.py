@@ -2,19 +2,16 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event, Lock
 
 import torch
 from torch import Tensor
 
 from converter.calibrate import Calibration, LayerReport
 from converter.output import OutputDir
-from converter.pipeline import convert_shard
-from converter.plan import Plan, ShardPlan
+from converter.plan import Plan
 from converter.prepared import PreparedLayers
+from converter.shards import convert_shards
 from converter.source import Source
 from formats import __version__
 from formats.layout import Scheme
@@ -23,7 +20,6 @@ from formats.records import to_json
 from formats.strict_json import canonical
 
 CONVERTER = f"int4-convert {__version__}"
-SHARDS_AT_ONCE = 4  # on a GPU; a CPU is busy with one
 
 
 def make_recipe(
@@ -70,45 +66,11 @@ def convert(
         return manifest
 
 
-def convert_shards(
-    source: Source,
-    out: OutputDir,
-    devices: Sequence[torch.device],
-    prepared: PreparedLayers,
-    progress: Callable[[int], object],
-) -> None:
-    """Convert what remains, several shards at once: one thread alone hashes more slowly than a disk reads."""
-    idle: SimpleQueue[torch.device] = SimpleQueue()
-    for device in [device for _ in range(SHARDS_AT_ONCE) for device in devices if device.type == "cuda"] or devices:
-        idle.put(device)
-    shards, stopped, one_at_a_time = out.remaining, Event(), Lock()
-
-    def note(nbytes: int) -> None:
-        if stopped.is_set():
-            raise CancelledError
-        with one_at_a_time:
-            progress(nbytes)
-
-    def convert_next(shard: ShardPlan) -> None:
-        device = idle.get()
-        try:
-            convert_shard(source, shard, out, device, prepared, note)
-        finally:
-            idle.put(device)
-
-    with ThreadPoolExecutor(idle.qsize()) as pool:
-        try:
-            for future in as_completed([pool.submit(convert_next, shard) for shard in shards]):
-                future.result()
-        except BaseException:
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
 def _key(source: Source, recipe: Recipe) -> str:
     """What layers that are quantised depend on: every option, and the files of the source as they are."""
-    stats = {name: (source.folder / name).stat() for name in source.shards}
-    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    text = canonical({"recipe": to_json(recipe), "source": source.id, "files": files})
+    files = {}
+    if source.revision is None:  # a commit does not change
+        stats = {name: (source.folder / name).stat() for name in source.shards}
+        files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    text = canonical({"recipe": to_json(recipe), "source": [source.id, source.revision], "files": files})
     return hashlib.sha256(text).hexdigest()

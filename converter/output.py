@@ -231,14 +231,19 @@ class OutputDir:
     def _kept(self, shards: dict[str, ShardRecord], sound: set[str]) -> dict[str, ShardRecord]:
         """Those of `shards` whose bytes are sound; raises `OutputError` where their source has changed since."""
         kept = {name: record for name, record in shards.items() if name in sound}
-        sources = {record.source.name: self.source.folder / record.source.name for record in kept.values()}
-        same = _sound(sources, frozenset(record.source for record in kept.values()))
+        sources = {record.source.name: record.source for record in kept.values()}
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            answers = pool.map(self._same_source, sources.values())
+            same = {name for name, found in zip(sources, answers, strict=True) if found}
         if (changed := sorted(sources.keys() - same)) and not self._overwrite:
             raise OutputError(
                 f"{self.folder}: holds an unfinished conversion of other files than {some(changed)} of the source; "
                 "give --overwrite to begin anew, or choose another folder"
             )
         return {name: record for name, record in kept.items() if record.source.name in same}
+
+    def _same_source(self, file: FileRecord) -> bool:
+        return file.name in self.source.shards and self.source.weights.same(file)
 
     def _clear(self, ours: list[Path]) -> None:
         """Remove what an earlier run left, but for the shards that are kept, and begin a journal."""
@@ -259,7 +264,7 @@ class OutputDir:
         side_files = sum((self.source.folder / name).stat().st_size for name in self.source.side_files)
         copies = 1 if self.plan.recipe.calibration is None else 2  # calibration keeps its layers until the end
         kept = sum(record.file.size for record in self._shards.values())
-        needed = copies * self.plan.sizes.stored_bytes - kept + side_files + SPARE_BYTES
+        needed = copies * self.plan.sizes.stored_bytes - kept + side_files + self.source.staged_bytes + SPARE_BYTES
         free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in ours)
         if free < needed:
             raise OutputError(

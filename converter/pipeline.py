@@ -26,6 +26,8 @@ from formats.tensors import TORCH_DTYPES, bytes_of, host_buffer, tensor_from
 
 CHUNK_BYTES = 16 << 20  # of a source tensor on its way at once, unless eight of its rows are larger
 CHUNKS = 4  # on their way
+WAITING = 5  # copies of kept ones, to be written and hashed
+TORCH_BYTES = 400_000_000  # of a process that has imported it; a GPU takes 500 MB more
 
 Bytes = bytes | bytearray | memoryview
 
@@ -62,8 +64,17 @@ def convert_shard(
                     writer.put(name, data)
                 progress(len(chunk))
         source_file = FileRecord(shard.source, container.size, digest.hexdigest())
+        source.weights.check(source_file)
         rows = tuple(tensor.record(shard.output) for tensor in tensors)
         out.record(ShardRecord(FileRecord(shard.output, *writer.finish()), source_file, rows))
+
+
+def memory_needed(plan: Plan) -> str:
+    """In words, about how much memory a conversion takes: what torch does, and what each shard has on its way."""
+    chunks = [min(tensor.spec.nbytes, chunk_bytes(tensor.spec, quantized=tensor.quantized)) for tensor in plan.tensors]
+    shard = (CHUNKS + WAITING) * max(chunks)
+    total = (TORCH_BYTES + shard) / 1e9
+    return f"about {total:.1f} GB of memory, and {shard / 1e6:,.0f} MB for each other shard at work"
 
 
 def warm_up(plan: Plan, devices: Sequence[torch.device]) -> None:
@@ -75,6 +86,12 @@ def warm_up(plan: Plan, devices: Sequence[torch.device]) -> None:
             weight = torch.ones(CODES_PER_WORD, columns, dtype=TORCH_DTYPES[dtype], device=device)
             quantized = METHODS.get(recipe.method, search)(weight, recipe.scheme, TORCH_DTYPES[scale_dtype_for(dtype)])
             sums(weight, quantized, recipe.scheme)
+
+
+def chunk_bytes(spec: TensorSpec, *, quantized: bool) -> int:
+    """Of a tensor on its way at once: of one to quantise 8 rows, along which zero points are packed, or a multiple."""
+    unit = CODES_PER_WORD * spec.nbytes // spec.shape[0] if quantized else 1
+    return max(1, CHUNK_BYTES // unit) * unit
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
@@ -102,9 +119,8 @@ class Conversion:
         self._later: dict[str, bytearray] = {name: bytearray() for name in [*plan.stored][1:]}
 
     def spans(self, entry: Entry) -> Iterator[tuple[int, int]]:
-        """The bytes of the tensor in chunks; of one to quantise 8 rows, along which zero points are packed, or more."""
-        unit = CODES_PER_WORD * entry.spec.nbytes // entry.spec.shape[0] if self.plan.quantized else 1
-        step = max(1, CHUNK_BYTES // unit) * unit
+        """The bytes of the tensor in chunks."""
+        step = chunk_bytes(entry.spec, quantized=self.plan.quantized)
         for start in range(entry.start, entry.end, step):
             yield start, min(start + step, entry.end)
 

@@ -1,17 +1,19 @@
 """The checkpoint to convert: a folder or a Hub repository, pinned, with every header checked before any work."""
 
-import glob
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from converter.weights import FILES_STAGED, FolderWeights, HubWeights, Weights
 from formats.container import SUFFIX, Container
-from formats.errors import CheckpointError, UsageError, some
+from formats.errors import CheckpointError, TemporaryError, UsageError, some
 from formats.files import link_roots, open_regular, read_small, safe_name
-from formats.hub import download
+from formats.hub import download, list_files
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
 
@@ -21,7 +23,8 @@ SINGLE_NAME = "model" + SUFFIX
 
 # The weights of the model, by their names; a variant has a dot before its suffix, as in model.fp16.safetensors.
 MODEL_FILE = re.compile(r"model[^./]*\.safetensors")
-MODEL_GLOBS = (SINGLE_NAME, f"model-*{SUFFIX}", f"*/*{SUFFIX}")  # what may count as weights or as part of the model
+OTHER_PARTS = f"*/*{SUFFIX}"  # of a model, in subfolders
+HEADERS_AT_ONCE = 8
 
 # Other forms of the same weights; they are neither read nor copied.
 OTHER_SUFFIXES = (
@@ -48,42 +51,70 @@ class Source:
     config: dict[str, Any] | None
     shards: dict[str, dict[str, TensorSpec]]
     side_files: tuple[str, ...]
+    weights: Weights
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for tensors in self.shards.values() for spec in tensors.values())
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of weights that are at most held beside the output."""
+        if not isinstance(self.weights, HubWeights) or self.weights.staging is None:
+            return 0
+        return sum(sorted(self.weights.files[shard].size for shard in self.shards)[-FILES_STAGED:])
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of weight files that are still to be fetched."""
+        return sum(self.weights.missing_bytes(shard) for shard in self.shards)
+
     def open(self, shard: str) -> Container:
-        """Open a weight file for reading."""
-        return Container(self.folder / shard, self.roots)
+        """Open a weight file for reading, fetched first where it is not on this machine."""
+        return self.weights.open(shard)
 
 
-def open_source(model: str, revision: str | None = None, *, quiet: bool = False) -> Source:
-    """Open a folder, or else fetch the Hub repository `model` at `revision`, resolved to one commit.
+def open_source(
+    model: str,
+    revision: str | None = None,
+    *,
+    staging: Path | None = None,
+    headers_only: bool = False,
+    quiet: bool = False,
+) -> Source:
+    """Open a folder, or else the Hub repository `model` at `revision`, resolved to one commit.
 
-    `quiet` hides the bars of the download. Raises `CheckpointError` for anything that cannot be converted whole,
-    `HubError` and `TemporaryError` from the Hub, `UsageError` for a name that is neither.
+    Of a repository weights are fetched when they are opened, only their headers now; into `staging` where it is given,
+    else into the Hub cache. `headers_only` leaves out side files too. `quiet` hides the bars of downloads. Raises
+    `CheckpointError` for anything that cannot be converted whole, `HubError` and `TemporaryError` from the Hub,
+    `UsageError` for a name that is neither.
     """
     if model and Path(model).is_dir():
         if revision is not None:
             raise UsageError(f"{model}: is a folder, which has no revision {revision!r}; leave --revision out")
         folder = Path(model)
-        return _read(folder, Path(model).resolve().name, None)
-    folder = download(model, revision, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES], quiet=quiet)
+        return _read(folder, Path(model).resolve().name, None, FolderWeights(folder, link_roots(folder.resolve())))
+    only = [CONFIG_NAME, INDEX_NAME] if headers_only else None
+    folder = download(model, revision, allow=only, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES], quiet=quiet)
     commit = folder.name
-    index = folder / INDEX_NAME
-    names = sorted(set(_weight_map(index, link_roots(folder)).values())) if index.exists() else [SINGLE_NAME]
-    weights = [*map(glob.escape, names), *MODEL_GLOBS]
-    return _read(download(model, commit, allow=weights, quiet=quiet), model, commit)
+    try:
+        files = list_files(model, commit)
+    except TemporaryError:  # what is cached may be enough
+        return _read(folder, model, commit, FolderWeights(folder, link_roots(folder)))
+    source = _read(folder, model, commit, HubWeights(model, commit, files, staging, quiet=quiet))
+    if headers_only or not any(fnmatchcase(name, OTHER_PARTS) for name in files):
+        return source
+    download(model, commit, allow=[OTHER_PARTS], quiet=quiet)
+    return replace(source, side_files=tuple(_side_files(folder, source.roots)))
 
 
-def _read(folder: Path, name: str, commit: str | None) -> Source:
+def _read(folder: Path, name: str, commit: str | None, weights: Weights) -> Source:
     roots = link_roots(folder.resolve())
     config = _read_config(folder, roots)
-    shards = _read_shards(folder, roots)
+    shards = _read_shards(folder, roots, weights)
     _refuse_quantized(folder, shards)
-    return Source(name, commit, folder, roots, config, shards, tuple(_side_files(folder, roots)))
+    return Source(name, commit, folder, roots, config, shards, tuple(_side_files(folder, roots)), weights)
 
 
 def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None:
@@ -119,37 +150,33 @@ def _weight_map(path: Path, roots: tuple[Path, ...]) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(folder: Path, roots: tuple[Path, ...]) -> dict[str, dict[str, TensorSpec]]:
+def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dict[str, dict[str, TensorSpec]]:
     index = folder / INDEX_NAME
     if not index.exists():
-        if not (folder / SINGLE_NAME).exists():
-            raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(folder)}")
-        _refuse_strays(folder, {SINGLE_NAME}, SINGLE_NAME)
-        return {SINGLE_NAME: _read_header(folder / SINGLE_NAME, roots)}
+        if not weights.has(SINGLE_NAME):
+            raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(weights)}")
+        _refuse_strays(folder, weights, {SINGLE_NAME}, SINGLE_NAME)
+        return {SINGLE_NAME: weights.header(SINGLE_NAME)}
     weight_map = _weight_map(index, roots)
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not weights.has(name)]
     if missing:
         raise CheckpointError(f"{index}: names {some(missing)} which are not in the folder; fetch them again")
-    _refuse_strays(folder, set(names), INDEX_NAME)
-    shards = {name: _read_header(folder / name, roots) for name in names}
+    _refuse_strays(folder, weights, set(names), INDEX_NAME)
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        shards = dict(zip(names, pool.map(weights.header, names), strict=True))
     _compare_with_index(weight_map, shards, index)
     return shards
 
 
-def _refuse_strays(folder: Path, names: set[str], origin: str) -> None:
+def _refuse_strays(folder: Path, weights: Weights, names: set[str], origin: str) -> None:
     """A weight file that would be left out may be stale, or half of the model: only its owner knows."""
-    found = {path.name for path in folder.iterdir() if MODEL_FILE.fullmatch(path.name)}
+    found = {name for name in weights.names() if MODEL_FILE.fullmatch(name)}
     if strays := sorted(found - names):
         raise CheckpointError(
             f"{folder}: holds {some(strays)} beside the weights of {origin}; remove what is not part of the model, "
             f"or fetch the {INDEX_NAME} that names every file"
         )
-
-
-def _read_header(path: Path, roots: tuple[Path, ...]) -> dict[str, TensorSpec]:
-    with Container(path, roots) as container:
-        return {name: entry.spec for name, entry in container.tensors.items()}
 
 
 def _compare_with_index(weight_map: dict[str, str], shards: dict[str, dict[str, TensorSpec]], index: Path) -> None:
@@ -179,8 +206,8 @@ def _refuse_quantized(folder: Path, shards: dict[str, dict[str, TensorSpec]]) ->
                 )
 
 
-def _found_instead(folder: Path) -> str:
-    files = sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHT_SUFFIXES))
+def _found_instead(weights: Weights) -> str:
+    files = [name for name in weights.names() if name.endswith(WEIGHT_SUFFIXES)]
     return (
         f"found {some(files) or 'no weight files'}. Only safetensors files of these names are read, and pickled "
         "weights are never opened: save the model again with transformers' save_pretrained"

@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,11 +44,17 @@ class Entry:
     end: int
 
 
-class Container:
-    """A safetensors file opened for reading; `tensors` lists its entries in the order of their bytes.
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself: its first bytes, its entries in the order of their bytes, its metadata."""
 
-    Raises `CheckpointError` unless the tensors cover the file exactly, without holes, overlaps or trailing bytes.
-    """
+    raw: bytes
+    tensors: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+class Container:
+    """A safetensors file opened for reading; raises `CheckpointError` where `parse_header` does."""
 
     def __init__(self, path: Path, roots: Sequence[Path] = ()) -> None:
         self.path = path
@@ -55,10 +62,20 @@ class Container:
         try:
             self._opened = os.fstat(self._fd)
             self.size = self._opened.st_size
-            self._header, self.tensors, self.metadata = self._parse_header()
+            self._header = parse_header(partial(self._read, 0), self.size, str(path))
         except BaseException:
             self.close()
             raise
+
+    @property
+    def tensors(self) -> dict[str, Entry]:
+        """Every tensor by its name, in the order of their bytes."""
+        return self._header.tensors
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The free text of the header."""
+        return self._header.metadata
 
     def __enter__(self) -> "Container":
         return self
@@ -105,7 +122,7 @@ class Container:
         size of the largest span. What is yielded holds until the next. Raises `CheckpointError` if the file changed
         since it was opened.
         """
-        digest.update(self._header)
+        digest.update(self._header.raw)
         ahead, reads, hashes = len(buffers) // 2, deque[Future[memoryview]](), deque[Future[None]]()
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as hasher:
             for i in range(len(spans) + ahead):
@@ -137,47 +154,52 @@ class Container:
         if (now.st_size, now.st_mtime_ns) != (self.size, self._opened.st_mtime_ns):
             raise CheckpointError(f"{self.path}: changed while it was read; wait until it is complete and run again")
 
-    def _parse_header(self) -> tuple[bytes, dict[str, Entry], dict[str, str]]:
-        length = int.from_bytes(self._read(0, min(8, self.size)), "little")
-        if self.size < 8 or length > min(MAX_HEADER_BYTES, self.size - 8):
-            raise CheckpointError(f"{self.path}: is not a whole safetensors file: {self._describe(length)}")
-        header = bytes(self._read(0, 8 + length))
-        if header[8:9] != b"{":
-            raise CheckpointError(f"{self.path}: header does not begin with '{{'; fetch the file again")
-        fields = parse_object(header[8:], f"{self.path}: header")
-        metadata = _parse_metadata(fields.pop("__metadata__", {}), self.path)
-        entries = {name: _parse_entry(name, raw, 8 + length, self.path) for name, raw in fields.items()}
-        ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
-        position = 8 + length
-        for name, entry in ordered.items():
-            if entry.start != position:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name!r} begins at byte {entry.start}, expected {position}: "
-                    "the header leaves a hole or an overlap; fetch the file again"
-                )
-            position = entry.end
-        if position != self.size:
+
+def parse_header(read: Callable[[int], bytes | bytearray], size: int, where: str) -> Header:
+    """The header of a file of `size` bytes, of which `read` gives so many from the beginning.
+
+    Raises `CheckpointError` unless the tensors cover the file exactly, without holes, overlaps or trailing bytes.
+    """
+    length = int.from_bytes(read(min(8, size)), "little")
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"{where}: is not a whole safetensors file: {_describe(read(min(32, size)), size, length)}"
+        )
+    raw = bytes(read(8 + length))
+    if raw[8:9] != b"{":
+        raise CheckpointError(f"{where}: header does not begin with '{{'; fetch the file again")
+    fields = parse_object(raw[8:], f"{where}: header")
+    metadata = _parse_metadata(fields.pop("__metadata__", {}), where)
+    entries = {name: _parse_entry(name, entry, 8 + length, where) for name, entry in fields.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
+    position = 8 + length
+    for name, entry in ordered.items():
+        if entry.start != position:
             raise CheckpointError(
-                f"{self.path}: is {self.size} bytes, its header describes {position}; fetch the file again"
+                f"{where}: tensor {name!r} begins at byte {entry.start}, expected {position}: "
+                "the header leaves a hole or an overlap; fetch the file again"
             )
-        return header, ordered, metadata
-
-    def _describe(self, length: int) -> str:
-        start = bytes(self._read(0, min(32, self.size)))
-        for magic, what in _NOT_SAFETENSORS.items():
-            if start.startswith(magic):
-                return f"it is {what}"
-        return f"{self.size} bytes, header of {length} bytes announced; the download is incomplete or the file damaged"
+        position = entry.end
+    if position != size:
+        raise CheckpointError(f"{where}: is {size} bytes, its header describes {position}; fetch the file again")
+    return Header(raw, ordered, metadata)
 
 
-def _parse_metadata(raw: Any, path: Path) -> dict[str, str]:
+def _describe(start: bytes | bytearray, size: int, length: int) -> str:
+    for magic, what in _NOT_SAFETENSORS.items():
+        if start.startswith(magic):
+            return f"it is {what}"
+    return f"{size} bytes, header of {length} bytes announced; the download is incomplete or the file damaged"
+
+
+def _parse_metadata(raw: Any, where: str) -> dict[str, str]:
     if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
-        raise CheckpointError(f"{path}: header field __metadata__ is not a map of strings; fetch the file again")
+        raise CheckpointError(f"{where}: header field __metadata__ is not a map of strings; fetch the file again")
     return raw
 
 
-def _parse_entry(name: str, raw: Any, data_start: int, path: Path) -> Entry:
-    where = f"{path}: tensor {name[:200]!r}"
+def _parse_entry(name: str, raw: Any, data_start: int, file: str) -> Entry:
+    where = f"{file}: tensor {name[:200]!r}"
     if not name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
         raise CheckpointError(f"{where}: expected a printable name of 1 to {MAX_NAME_BYTES} bytes")
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:

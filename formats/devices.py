@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -35,8 +36,19 @@ def parse_device(name: torch.device | str | None) -> torch.device:
     return device
 
 
-def peak_memory(device: torch.device) -> tuple[int, int]:
-    """The most bytes that this process held so far: on the host, and what torch allocated on a GPU `device` (or 0)."""
+def parse_devices(names: str | None) -> list[torch.device]:
+    """The devices that `names` lists, separated by commas; "all" is every GPU. Raises `UsageError`."""
+    if names == "all":
+        names = ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    found = [parse_device(name) for name in (names.split(",") if names is not None else [None])]
+    if len(set(found)) < len(found):
+        raise UsageError(f"devices {names!r}: names one twice")
+    return found
+
+
+def peak_memory(devices: Sequence[torch.device]) -> tuple[int, int]:
+    """The most bytes that this process held so far: on the host, and what torch allocated on any GPU of `devices`."""
     unit = 1 if sys.platform == "darwin" else 1024
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return host, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    gpus = [torch.cuda.max_memory_allocated(device) for device in devices if device.type == "cuda"]
+    return host, max(gpus, default=0)

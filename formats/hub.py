@@ -4,6 +4,7 @@ import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,61 @@ def download(
             tqdm_class=_NoBar if quiet or not sys.stderr.isatty() else None,
         )
         return Path(folder)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its size in bytes, and its SHA-256 if the Hub knows that."""
+
+    size: int
+    sha256: str | None
+
+
+def list_files(repo_id: str, revision: str) -> dict[str, RemoteFile]:
+    """Every file of a model's repository; raises as `download` does."""
+    from huggingface_hub import HfApi, RepoFile
+
+    with _translated(repo_id, revision, "model"):
+        found = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision)
+        files = [entry for entry in found if isinstance(entry, RepoFile)]
+        return {file.path: RemoteFile(file.size, file.lfs.sha256 if file.lfs else None) for file in files}
+
+
+def read_beginning(repo_id: str, revision: str, name: str, size: int) -> bytes:
+    """The first `size` bytes of a file of a model's repository, by a range request; raises as `download` does."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
+
+    headers = {**build_hf_headers(), "Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
+    data = bytearray()
+    with (
+        _translated(repo_id, revision, "model"),
+        http_stream_backoff("GET", hf_hub_url(repo_id, name, revision=revision), headers=headers) as response,
+    ):
+        hf_raise_for_status(response)
+        for block in response.iter_bytes():
+            data += block
+            if len(data) >= size:  # a server may send the whole file instead
+                break
+    return bytes(data[:size])
+
+
+def cached(repo_id: str, revision: str, name: str) -> Path | None:
+    """A file of a model's repository where the Hub cache has it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetch(repo_id: str, revision: str, name: str, folder: Path | None = None, *, quiet: bool = False) -> Path:
+    """Fetch one file of a model's repository into the Hub cache, or into `folder`; raises as `download` does."""
+    from huggingface_hub import hf_hub_download
+
+    with _translated(repo_id, revision, "model"):
+        bar = _NoBar if quiet or not sys.stderr.isatty() else None
+        return Path(hf_hub_download(repo_id, name, revision=revision, local_dir=folder, tqdm_class=bar))
 
 
 class _NoBar(tqdm_asyncio):  # type: ignore[type-arg]

@@ -1,9 +1,10 @@
 """A stand-in for the Hugging Face Hub: one repository on 127.0.0.1, and the failures that a test asks for."""
 
 import hashlib
+import itertools
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ class Request(NamedTuple):
     method: str
     path: str
     authorization: str | None
+    range: str | None = None
 
 
 class Answer(NamedTuple):
@@ -33,16 +35,21 @@ class Answer(NamedTuple):
 class LocalHub:
     """Answers for the repository `repo` at `url` while its context is open.
 
-    `requests` lists what was asked; `on_request` is called with each request before its answer is found.
+    `requests` lists what was asked; `on_request` is called with each request before its answer is found. Of files in
+    `damaged` a byte is another than it should be; those in `cut` end in the middle, once; without `ranges` every answer
+    is the whole file.
     """
 
     def __init__(self, repo: str) -> None:
         self.repo = repo
         self.requests: list[Request] = []
         self.on_request: Callable[[Request], None] = lambda request: None
+        self.damaged: set[str] = set()
+        self.cut: set[str] = set()
+        self.ranges = True
         self._commits: dict[str, dict[str, bytes]] = {}
         self._branches: dict[str, str] = {}
-        self._failures: list[tuple[str, Answer]] = []
+        self._failures: list[tuple[str, Answer, Iterator[int]]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -61,10 +68,20 @@ class LocalHub:
         self._branches[branch] = commit
         return commit
 
-    def fail(self, status: int, code: str | None = None, *, path: str = "*", message: str | None = None) -> None:
-        """From now on answer requests for paths that match the glob `path` with `status` and the Hub's error code."""
-        headers = {"X-Error-Code": code, "X-Error-Message": message}
-        self._failures.append((path, Answer(status, {name: text for name, text in headers.items() if text})))
+    def fail(
+        self,
+        status: int,
+        code: str | None = None,
+        *,
+        path: str = "*",
+        message: str | None = None,
+        retry_after: str | None = None,
+        times: int | None = None,
+    ) -> None:
+        """Answer requests for paths that match the glob `path` with `status` and an error code, so many `times`."""
+        headers = {"X-Error-Code": code, "X-Error-Message": message, "Retry-After": retry_after}
+        answer = Answer(status, {name: text for name, text in headers.items() if text})
+        self._failures.append((path, answer, itertools.count() if times is None else iter(range(times))))
 
     def files_asked_for(self) -> set[tuple[str, str]]:
         """The (revision, name) of every file whose bytes or metadata were asked for."""
@@ -75,15 +92,26 @@ class LocalHub:
         """Note `request` and find its answer."""
         self.requests.append(request)
         self.on_request(request)
-        for pattern, failure in self._failures:
-            if fnmatchcase(request.path, pattern):
+        for pattern, failure, times in self._failures:
+            if fnmatchcase(request.path, pattern) and next(times, None) is not None:
                 return failure
         for prefix in (f"/{self.repo}/", f"/api/models/{self.repo}/"):
             if f"{request.path}/".startswith(prefix):
                 kind, _, rest = request.path.removeprefix(prefix.rstrip("/")).lstrip("/").partition("/")
                 revision, _, name = rest.partition("/")
-                return self._answer(kind, revision or "main", name)
+                return self._ranged(request, self._answer(kind, revision or "main", name), name)
         return Answer(404, {"X-Error-Code": "RepoNotFound"})
+
+    def _ranged(self, request: Request, answer: Answer, name: str) -> Answer:
+        body = answer.body
+        if name in self.damaged and request.method == "GET":
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if request.range is None or not self.ranges or answer.status != 200:
+            return answer._replace(body=body)
+        first, _, last = request.range.removeprefix("bytes=").partition("-")
+        start, end = int(first), min(int(last or len(body)), len(body) - 1)
+        headers = {**answer.headers, "Content-Range": f"bytes {start}-{end}/{len(body)}"}
+        return Answer(206, headers, body[start : end + 1])
 
     def _answer(self, kind: str, revision: str, name: str) -> Answer:
         commit = self._branches.get(revision, revision)
@@ -129,7 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def _answer(self) -> None:
-        request = Request(self.command, unquote(urlsplit(self.path).path), self.headers["Authorization"])
+        path = unquote(urlsplit(self.path).path)
+        request = Request(self.command, path, self.headers["Authorization"], self.headers["Range"])
         answer = self.hub.answer(request)
         if answer.status == DROP:
             self.close_connection = True
@@ -138,8 +167,14 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(answer.body)
+        if self.command == "HEAD":
+            return
+        if (name := path.rpartition("/")[2]) in self.hub.cut and answer.status == 200:
+            self.hub.cut.remove(name)
+            self.wfile.write(answer.body[: len(answer.body) // 2])
+            self.close_connection = True
+            return
+        self.wfile.write(answer.body)
 
     do_GET = do_HEAD = _answer  # noqa: N815
 

@@ -10,15 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from huggingface_hub import close_session, constants
 from local_hub import DROP, LocalHub, Request
 from safetensors.torch import save_file
 
 from converter.cli import command
+from converter.pipeline import Conversion
 from converter.source import open_source
+from converter.weights import HubWeights
 from formats.errors import CheckpointError, HubError, Int4Error, OutputError, TemporaryError, UsageError
 from formats.hub import download
 from formats.manifest import MANIFEST_NAME, read_manifest
@@ -181,19 +185,152 @@ def test_an_index_that_names_a_pickle_is_refused_before_it_is_asked_for(hub: Loc
 
 def test_a_repository_that_is_cached_whole_converts_without_the_hub(hub: LocalHub, tmp_path: Path) -> None:
     commit = hub.push(make_checkpoint(tmp_path / "source"))
-    open_source(REPO)
+    convert(REPO, str(tmp_path / "online"))
     hub.fail(500)
+    convert(REPO, str(tmp_path / "offline"))
     assert open_source(REPO).revision == commit
+    assert contents(tmp_path / "offline") == contents(tmp_path / "online")
 
 
 def test_files_in_the_blob_store_that_repositories_share_are_read(hub: LocalHub, tmp_path: Path) -> None:
     hub.push(make_checkpoint(tmp_path / "source"))
+    convert(REPO, str(tmp_path / "out"))
     blob = (open_source(REPO).folder / SHARDS[0]).resolve()
     store = tmp_path / "cache" / "blobs" / "ab"
     store.mkdir(parents=True)
     blob.rename(store / blob.name)
     blob.symlink_to(os.path.relpath(store / blob.name, blob.parent))
     assert list(open_source(REPO).shards) == list(SHARDS)
+
+
+def weight_requests(hub: LocalHub) -> list[Request]:
+    return [request for request in hub.requests if request.path.endswith(".safetensors") and request.method == "GET"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_dry_run_reads_headers_by_range_and_fetches_no_weights(
+    hub: LocalHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], ranges: bool
+) -> None:
+    hub.ranges = ranges
+    files = make_checkpoint(tmp_path / "source")
+    hub.push(files)
+    command.main([REPO, str(tmp_path / "out"), "--dry-run", "--device", "cpu"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "int4  a.weight  BF16 [16, 64]  (linear layer)" in printed
+    assert "would need: 0.0 MB to download, 0.0 MB of disk for the output, about 0.4 GB of memory" in printed
+    assert [request.range for request in weight_requests(hub)] == [
+        f"bytes=0-{len(files[shard]) - 1}" for shard in SHARDS
+    ]
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert {name for _, name in hub.files_asked_for()} == {"config.json", INDEX, *SHARDS}
+
+
+def test_a_long_header_is_read_with_a_second_request(hub: LocalHub, tmp_path: Path) -> None:
+    tensors = {f"{'long' * 100}.{i}.weight": torch.zeros(2, 8).bfloat16() for i in range(200)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    hub.push({"model.safetensors": data, "config.json": b"{}"})
+    assert open_source(REPO).shards["model.safetensors"].keys() == tensors.keys()
+    ends = [int(str(request.range).rpartition("-")[2]) for request in weight_requests(hub)]
+    assert ends[0] == (1 << 16) - 1
+    assert len(ends) == 2
+    assert ends[1] < len(data) - 1
+
+
+def test_a_damaged_header_on_the_hub_is_refused_before_any_download(hub: LocalHub, tmp_path: Path) -> None:
+    files = make_checkpoint(tmp_path / "source")
+    hub.push({**files, SHARDS[1]: files[SHARDS[1]] + b"x"})
+    assert f"{REPO}: {SHARDS[1]}: is" in str(error_of())
+
+
+def test_right_size_and_wrong_bytes_are_found(hub: LocalHub, tmp_path: Path) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    hub.damaged.add(SHARDS[1])
+    with pytest.raises(
+        CheckpointError, match=r"model-00002-of-00002.safetensors has the SHA-256 .* remove .*blobs.* and"
+    ):
+        convert(REPO, str(tmp_path / "out"))
+    assert MANIFEST_NAME not in contents(tmp_path / "out")
+
+
+def test_the_next_shard_is_fetched_while_one_is_converted(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    second, converted = Event(), Conversion.convert
+
+    def note(request: Request) -> None:
+        if request.path.endswith(SHARDS[1]) and request.range is None and request.method == "GET":
+            second.set()
+
+    def waiting(self: Conversion, chunk: memoryview) -> object:
+        assert second.wait(10)
+        return converted(self, chunk)
+
+    hub.on_request = note
+    monkeypatch.setattr(Conversion, "convert", waiting)
+    convert(REPO, str(tmp_path / "out"))
+
+
+def test_low_disk_never_holds_more_than_two_shards(hub: LocalHub, tmp_path: Path) -> None:
+    tensors = {f"layers.{i}.weight": torch.randn(16, 64).bfloat16() for i in range(6)}
+    source = write_checkpoint(tmp_path / "source", tensors, shards=6)
+    hub.push({path.name: path.read_bytes() for path in source.iterdir()})
+    held: list[int] = []
+    out = tmp_path / "out"
+    hub.on_request = lambda request: held.append(len([*out.rglob("*-of-00006.safetensors")]))
+    convert(REPO, str(out), "--low-disk")
+    convert(str(source), str(tmp_path / "from_folder"))
+    assert max(held) in (1, 2)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    found, expected = contents(out), contents(tmp_path / "from_folder")
+    del found[MANIFEST_NAME], expected[MANIFEST_NAME]
+    assert found == expected  # and nothing staged is left
+
+
+def test_low_disk_goes_on_behind_the_finished_shards(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    with monkeypatch.context() as patched, pytest.raises(TemporaryError):
+        patched.setattr(HubWeights, "fetch", failing_fetch(SHARDS[1]))
+        convert(REPO, str(tmp_path / "out"), "--low-disk")
+    hub.requests.clear()
+    convert(REPO, str(tmp_path / "out"), "--low-disk")
+    assert not [request for request in weight_requests(hub) if SHARDS[0] in request.path and request.range is None]
+
+
+def failing_fetch(name: str) -> Callable[[HubWeights, str], None]:
+    fetch = HubWeights.fetch
+
+    def failing(self: HubWeights, asked: str) -> None:
+        if asked == name:
+            time.sleep(0.1)
+            raise TemporaryError("busy")
+        fetch(self, asked)
+
+    return failing
+
+
+@pytest.mark.parametrize(("status", "retry_after"), [(429, "1"), (503, None), (DROP, None)])
+def test_a_hub_that_recovers_is_asked_again(
+    hub: LocalHub, tmp_path: Path, status: int, retry_after: str | None
+) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    hub.fail(status, path=f"{RESOLVE}{SHARDS[1]}", retry_after=retry_after, times=1)
+    convert(REPO, str(tmp_path / "out"))
+    assert MANIFEST_NAME in contents(tmp_path / "out")
+
+
+def test_a_download_that_is_cut_off_goes_on(hub: LocalHub, tmp_path: Path) -> None:
+    files = make_checkpoint(tmp_path / "source")
+    hub.push(files)
+    source = open_source(REPO)
+    hub.cut.add(SHARDS[1])
+    source.weights.fetch(SHARDS[1])
+    assert not hub.cut
+    assert (source.folder / SHARDS[1]).read_bytes() == files[SHARDS[1]]
 
 
 def test_the_runtime_resolves_a_hub_id_to_the_files_of_its_commit(hub: LocalHub, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ import click
 import tables
 import torch
 
-from converter.convert import SHARDS_AT_ONCE
 from converter.quantize import METHODS
+from converter.shards import SHARDS_AT_ONCE
 from converter.source import Source, open_source
 from formats.checkpoint import Checkpoint
 from formats.files import publish
