@@ -5,11 +5,13 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from tqdm import tqdm
 
 from converter.calibrate import LayerReport
@@ -17,13 +19,14 @@ from converter.convert import convert, make_recipe
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
 from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
+from converter.ranks import Ranks, joined_ranks, local_device
 from converter.source import Source, open_source
 from formats import __version__
 from formats.command import echo, run
 from formats.devices import parse_devices, peak_memory
 from formats.errors import UsageError, some
 from formats.layout import Scheme
-from formats.manifest import CalibrationRecord
+from formats.manifest import CalibrationRecord, Manifest
 from formats.sizes import Sizes
 from formats.texts import calibration_text, drawn_windows, tokenize
 
@@ -76,10 +79,9 @@ def command(
 
     PATTERN is a glob on the name of a tensor or its module, or a regular expression after "re:".
     """
-    _check_method(method, calibration)
-    if low_disk and calibration is not None:
-        raise UsageError("--low-disk: calibration reads all of the model twice; leave one of the two out")
-    chosen = parse_devices(devices)
+    ranks = click.get_current_context().with_resource(joined_ranks())
+    _check_options(method, calibration, low_disk=low_disk, ranks=ranks)
+    chosen = parse_devices(local_device(ranks) if devices is None else devices)
     staging = out_dir / STAGING_NAME if low_disk else None
     source = open_source(model, revision, staging=staging, headers_only=dry_run, quiet=quiet)
     windows = text_record = None
@@ -94,35 +96,51 @@ def command(
         return
     warm_up(plan, chosen)
     # disable=None: a bar only where someone watches it.
-    disable = True if quiet else None
+    disable = True if quiet or not ranks.leads else None
     layers = tqdm(unit="layer", desc="calibrating", disable=True if windows is None else disable)
-    done = tqdm(total=source.nbytes, unit="B", unit_scale=True, desc=source.id, disable=disable)
+    done = tqdm(total=_share_bytes(plan, ranks), unit="B", unit_scale=True, desc=source.id, disable=disable)
     with layers, done:
         started = time.monotonic()
         manifest = convert(
-            source, plan, out_dir, chosen,
-            windows=windows, overwrite=overwrite, progress=done.update, calibrated=partial(_show_layer, layers),
+            source, plan, out_dir, chosen, windows=windows, overwrite=overwrite, ranks=ranks, progress=done.update,
+            calibrated=partial(_show_layer, layers),
         )  # fmt: skip
         seconds = time.monotonic() - started
     if staging is not None:
         shutil.rmtree(staging, ignore_errors=True)
-    host, gpu = peak_memory(chosen)
-    if as_json:
-        spent = {"seconds": round(seconds, 3), "peak_host_bytes": host, "peak_gpu_bytes": gpu}
-        echo(json.dumps({**dataclasses.asdict(manifest.sizes), **spent}))
-    elif not quiet:
-        memory = f"{host / 1e9:.1f} GB of memory" + (f" and {gpu / 1e9:.1f} GB of the GPU's" if gpu else "")
-        where = ", ".join(map(str, chosen))
-        echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {where} with at most {memory}")
+    if ranks.leads:
+        _print_summary(manifest, out_dir, chosen, seconds, as_json=as_json, quiet=quiet)
 
 
-def _check_method(method: str, calibration: str | None) -> None:
+def _check_options(method: str, calibration: str | None, *, low_disk: bool, ranks: Ranks) -> None:
     if calibration is None and method not in METHODS:
         raise UsageError(f"--method {method}: needs a text to run the model on; give --calibration FILE")
     if calibration is not None and method not in CALIBRATED:
         raise UsageError(
             f"--method {method}: takes no text; leave --calibration out, or choose {some(sorted(CALIBRATED))}"
         )
+    if calibration is not None and low_disk:
+        raise UsageError("--low-disk: calibration reads all of the model twice; leave one of the two out")
+    if calibration is not None and ranks.size > 1:
+        raise UsageError("--calibration: goes from layer to layer in one process; run it without torchrun")
+
+
+def _share_bytes(plan: Plan, ranks: Ranks) -> int:
+    """The source bytes that this process is about to convert: one of several shows its own progress."""
+    return sum(tensor.spec.nbytes for shard in ranks.share(plan.shards) for tensor in shard.tensors)
+
+
+def _print_summary(
+    manifest: Manifest, out_dir: Path, devices: Sequence[torch.device], seconds: float, *, as_json: bool, quiet: bool
+) -> None:
+    host, gpu = peak_memory(devices)
+    if as_json:
+        spent = {"seconds": round(seconds, 3), "peak_host_bytes": host, "peak_gpu_bytes": gpu}
+        echo(json.dumps({**dataclasses.asdict(manifest.sizes), **spent}))
+    elif not quiet:
+        memory = f"{host / 1e9:.1f} GB of memory" + (f" and {gpu / 1e9:.1f} GB of the GPU's" if gpu else "")
+        where = ", ".join(map(str, devices))
+        echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {where} with at most {memory}")
 
 
 def _show_layer(bar: Any, report: LayerReport) -> None:

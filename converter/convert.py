@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from converter.calibrate import Calibration, LayerReport
 from converter.output import OutputDir
 from converter.plan import Plan
 from converter.prepared import PreparedLayers
+from converter.ranks import Ranks
 from converter.shards import convert_shards
 from converter.source import Source
 from formats import __version__
@@ -41,27 +43,33 @@ def convert(
     *,
     windows: Tensor | None = None,
     overwrite: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008 - a frozen value
     progress: Callable[[int], object] = lambda nbytes: None,
     calibrated: Callable[[LayerReport], object] = lambda report: None,
 ) -> Manifest:
     """Carry out `plan` and return what was written; `progress` is called with the source bytes of each chunk done.
 
     Shards are shared out among `devices`, and what an interrupted run of the same plan has finished is kept: the bytes
-    are the same. Calibration runs on the first.
+    are the same. Calibration runs on the first. Several processes with a shared `out_dir` do a share each; the first of
+    `ranks` begins and finishes.
 
     A calibrated recipe comes with the `windows` [W, T] of tokens that it names; `calibrated` is called for each layer,
     and an interrupted calibration goes on where it stopped. Raises `CheckpointError`, `OutputError` or
     `TemporaryError`; then `out_dir` holds no manifest.
     """
-    with OutputDir(out_dir, source, plan, overwrite=overwrite) as out:
+    out = OutputDir(out_dir, source, plan, overwrite=overwrite)
+    with ExitStack() as stack:
+        out.keep(ranks.led(lambda: stack.enter_context(out).kept))
         prepared = PreparedLayers(out_dir, _key(source, plan.recipe))
         if windows is not None:
             for report in Calibration(source, plan, devices[0]).run(windows, prepared):
                 calibrated(report)
-        kept = {shard.source for shard in plan.shards} - {shard.source for shard in out.remaining}
-        progress(sum(spec.nbytes for name in kept for spec in source.shards[name].values()))
-        convert_shards(source, out, devices, prepared, progress)
-        manifest = out.finish()
+        remaining = ranks.share(out.remaining)
+        done = ranks.share([shard for shard in plan.shards if shard not in out.remaining])
+        progress(sum(tensor.spec.nbytes for shard in done for tensor in shard.tensors))
+        convert_shards(source, out, remaining, devices, prepared, progress)
+        ranks.led(lambda: None)  # all have done their part
+        manifest = ranks.led(out.finish)
         prepared.clear()
         return manifest
 

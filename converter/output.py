@@ -93,6 +93,15 @@ class OutputDir:
         self._stack.close()
 
     @property
+    def kept(self) -> dict[str, ShardRecord]:
+        """The shards that are written, by their names."""
+        return dict(self._shards)
+
+    def keep(self, kept: Mapping[str, ShardRecord]) -> None:
+        """Count `kept` as written: what the process says that has entered, to others that write with it."""
+        self._shards = dict(kept)
+
+    @property
     def remaining(self) -> list[ShardPlan]:
         """The shards that are still to be written."""
         return [shard for shard in self.plan.shards if shard.output not in self._shards]
@@ -117,7 +126,8 @@ class OutputDir:
                 self._write(name, self._config())
             else:
                 self._copy(name)
-        shards = [self._shards[shard.output] for shard in self.plan.shards]
+        written = {**self._records.read(), **self._shards}  # of other processes too
+        shards = [written[shard.output] for shard in self.plan.shards]
         files = [*self._files, *(shard.file for shard in shards)]
         manifest = Manifest(
             FORMAT_VERSION,

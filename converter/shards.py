@@ -22,15 +22,16 @@ SHARDS_AT_ONCE = 4  # on a GPU, because one thread hashes more slowly than a dis
 def convert_shards(
     source: Source,
     out: OutputDir,
+    shards: Sequence[ShardPlan],
     devices: Sequence[torch.device],
     prepared: PreparedLayers,
     progress: Callable[[int], object],
 ) -> None:
-    """Convert the shards of `out` that remain, each on the next device that is idle; the first error ends them all."""
+    """Convert `shards` into `out`, each on the next device that is idle; the first error ends them all."""
     idle: SimpleQueue[torch.device] = SimpleQueue()
     for device in [device for _ in range(SHARDS_AT_ONCE) for device in devices if device.type == "cuda"] or devices:
         idle.put(device)
-    shards, stopped, one_at_a_time = out.remaining, Event(), Lock()
+    stopped, one_at_a_time = Event(), Lock()
 
     def note(nbytes: int) -> None:
         if stopped.is_set():
