@@ -23,7 +23,7 @@ from formats.errors import CheckpointError
 from formats.layout import scale_dtype_for
 from formats.selection import WEIGHT
 from formats.skeleton import build, first_line
-from formats.tensors import TORCH_DTYPES, tensor_from
+from formats.tensors import TORCH_DTYPES
 
 BATCH_TOKENS = 4096  # in a forward pass of a layer
 
@@ -139,8 +139,7 @@ class Calibration:
 
     def read(self, name: str) -> Tensor:
         """A tensor of the source."""
-        with self.source.open(self.shard_of[name]) as container:
-            return tensor_from(container.read(name), container.tensors[name].spec)
+        return self.source.read(name)
 
     def quantized(
         self,

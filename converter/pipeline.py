@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from converter.fp8 import FP8
 from converter.journal import ShardRecord
 from converter.output import OutputDir
 from converter.plan import Plan, ShardPlan, TensorPlan
@@ -20,7 +22,7 @@ from formats.container import Entry
 from formats.devices import block_weights
 from formats.errors import NonFiniteError
 from formats.lane import Lane
-from formats.layout import CODES_PER_WORD, TensorSpec, ceil_div, scale_dtype_for
+from formats.layout import CODES_PER_WORD, DTYPE_BYTES, TensorSpec, ceil_div, scale_dtype_for
 from formats.manifest import ErrorRecord, FileRecord, Recipe, TensorRecord
 from formats.tensors import TORCH_DTYPES, bytes_of, host_buffer, tensor_from
 
@@ -45,33 +47,40 @@ def convert_shard(
     Raises `CheckpointError` on bad weights or a file that changes meanwhile, `OutputError` where writing fails.
     """
     digest = hashlib.sha256()
-    tensors = [Conversion(tensor, out.plan.recipe, device, prepared.find(tensor.name)) for tensor in shard.tensors]
+    tensors = {
+        tensor.name: Conversion(
+            tensor, out.plan.recipe, device, prepared.find(tensor.name), decoder(source, tensor.name)
+        )
+        for tensor in shard.tensors
+    }
     with source.open(shard.source) as container, out.writer(shard) as writer:
-        work = [(tensor, span) for tensor in tensors for span in tensor.spans(container.tensors[tensor.plan.name])]
+        entries = container.tensors.items()
+        work = [(tensors.get(name), span) for name, entry in entries for span in spans(entry, tensors.get(name))]
         places = [span for _, span in work]
         size = max((end - start for start, end in places), default=1)
         buffers = [host_buffer(size, pinned=device.type == "cuda") for _ in range(CHUNKS)]
         with Lane() as hashing, own_stream(device):
             for chunk, (tensor, _) in zip(container.chunks(places, buffers, digest), work, strict=True):
+                if tensor is None:  # scales, which were read before
+                    continue
                 try:
                     parts = list(tensor.convert(chunk))
                 except NonFiniteError:
-                    name, spec = tensor.plan.name, tensor.plan.spec
-                    check_finite(tensor_from(container.read(name), spec), f"tensor {name!r}")  # names the place
+                    check_finite(source.read(tensor.plan.name), f"tensor {tensor.plan.name!r}")  # names the place
                     raise
                 for name, data in parts:
                     hashing.put(tensor.digests[name].update, data)
                     writer.put(name, data)
-                progress(len(chunk))
+                progress(len(chunk) * tensor.growth)
         source_file = FileRecord(shard.source, container.size, digest.hexdigest())
         source.weights.check(source_file)
-        rows = tuple(tensor.record(shard.output) for tensor in tensors)
+        rows = tuple(tensor.record(shard.output) for tensor in tensors.values())
         out.record(ShardRecord(FileRecord(shard.output, *writer.finish()), source_file, rows))
 
 
 def memory_needed(plan: Plan) -> str:
     """In words, about how much memory a conversion takes: what torch does, and what each shard has on its way."""
-    chunks = [min(tensor.spec.nbytes, chunk_bytes(tensor.spec, quantized=tensor.quantized)) for tensor in plan.tensors]
+    chunks = [min(tensor.spec.nbytes, chunk_bytes(tensor.spec, by_rows=tensor.quantized)) for tensor in plan.tensors]
     shard = (CHUNKS + WAITING) * max(chunks)
     total = (TORCH_BYTES + shard) / 1e9
     return f"about {total:.1f} GB of memory, and {shard / 1e6:,.0f} MB for each other shard at work"
@@ -88,9 +97,9 @@ def warm_up(plan: Plan, devices: Sequence[torch.device]) -> None:
             sums(weight, quantized, recipe.scheme)
 
 
-def chunk_bytes(spec: TensorSpec, *, quantized: bool) -> int:
-    """Of a tensor on its way at once: of one to quantise 8 rows, along which zero points are packed, or a multiple."""
-    unit = CODES_PER_WORD * spec.nbytes // spec.shape[0] if quantized else 1
+def chunk_bytes(spec: TensorSpec, *, by_rows: bool) -> int:
+    """Of a tensor on its way at once; `by_rows` 8 rows, along which zero points are packed, or a multiple of them."""
+    unit = CODES_PER_WORD * spec.nbytes // spec.shape[0] if by_rows else 1
     return max(1, CHUNK_BYTES // unit) * unit
 
 
@@ -101,28 +110,53 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.stream(torch.cuda.Stream(device=device))  # type: ignore[no-untyped-call]
 
 
+def spans(entry: Entry, tensor: "Conversion | None") -> Iterator[tuple[int, int]]:
+    """The bytes of a stored tensor in chunks; nothing becomes of one without a `tensor`."""
+    step = chunk_bytes(entry.spec, by_rows=tensor is not None and tensor.by_rows)
+    for start in range(entry.start, entry.end, step):
+        yield start, min(start + step, entry.end)
+
+
+def decoder(source: Source, name: str) -> Callable[[Tensor, int], Tensor] | None:
+    """What makes rows of the model of stored rows, and the number of their first, where they differ."""
+    return partial(source.fp8[name].decode, scales=source.read_scales(name)) if name in source.fp8 else None
+
+
 class Conversion:
     """One tensor on its way, chunk by chunk; `digests` are of the tensors stored for it.
 
-    A matrix that calibration has `prepared` is taken from there.
+    A matrix that calibration has `prepared` is taken from there. Rows of type `stored` become those of the model by
+    `decode`, with the number of the first of them.
     """
 
-    def __init__(self, plan: TensorPlan, recipe: Recipe, device: torch.device, prepared: Prepared | None) -> None:
+    def __init__(
+        self,
+        plan: TensorPlan,
+        recipe: Recipe,
+        device: torch.device,
+        prepared: Prepared | None,
+        decode: Callable[[Tensor, int], Tensor] | None,
+    ) -> None:
         self.plan = plan
         self.digests = {name: hashlib.sha256() for name in plan.stored}
         self._recipe = recipe
         self._device = device
         self._prepared = prepared
+        self._decode = decode
         self._method = METHODS.get(recipe.method, search)  # what calibration does not reach
         self._rows = 0
         self._sums = torch.zeros(4, dtype=torch.float64)
         self._later: dict[str, bytearray] = {name: bytearray() for name in [*plan.stored][1:]}
 
-    def spans(self, entry: Entry) -> Iterator[tuple[int, int]]:
-        """The bytes of the tensor in chunks."""
-        step = chunk_bytes(entry.spec, quantized=self.plan.quantized)
-        for start in range(entry.start, entry.end, step):
-            yield start, min(start + step, entry.end)
+    @property
+    def growth(self) -> int:
+        """Bytes that the model has for a byte that is stored."""
+        return 1 if self._decode is None else DTYPE_BYTES[self.plan.spec.dtype]
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it is worked on by whole rows."""
+        return self.plan.quantized or self._decode is not None
 
     def convert(self, chunk: memoryview) -> Iterator[tuple[str, Bytes]]:
         """What is to be written for the next bytes of the tensor, by the names of the tensors stored for it.
@@ -130,13 +164,16 @@ class Conversion:
         Packed words come at once; scales and zero points, which stand behind them, with the last chunk. Raises
         `NonFiniteError` for weights that are not finite, or overflow as int4.
         """
-        if not self.plan.quantized:
+        if not self.by_rows:
             yield self.plan.name, bytes(chunk)  # a copy, because the chunk's place is used again
             return
         rows, columns = self.plan.spec.shape
-        weight = tensor_from(
-            chunk, TensorSpec(self.plan.spec.dtype, (len(chunk) * rows // self.plan.spec.nbytes, columns))
-        )
+        kind = self.plan.spec.dtype if self._decode is None else FP8
+        weight = tensor_from(chunk, TensorSpec(kind, (len(chunk) // (columns * DTYPE_BYTES[kind]), columns)))
+        if not self.plan.quantized:
+            yield self.plan.name, bytes_of(self._as_meant(weight))
+            self._rows += len(weight)
+            return
         first, *others = self.plan.stored
         for quantized in self._quantized(weight):
             packed, *rest = quantized.tensors()
@@ -150,6 +187,10 @@ class Conversion:
                     "smaller ones: repair the source, or keep this tensor with --exclude"
                 )
             yield from self._later.items()
+
+    def _as_meant(self, weight: Tensor) -> Tensor:
+        """The next rows, as the model has them."""
+        return weight if self._decode is None else self._decode(weight, self._rows)
 
     def record(self, file: str) -> TensorRecord:
         """The row of the manifest, once all is hashed."""
@@ -173,7 +214,7 @@ class Conversion:
     def _block(self, weight: Tensor) -> Iterator[Quantized]:
         """A block, or its halves where the memory of the GPU does not suffice."""
         try:
-            block = weight.to(self._device)
+            block = self._as_meant(weight.to(self._device))
             if self._prepared is None:
                 scale_dtype = TORCH_DTYPES[scale_dtype_for(self.plan.spec.dtype)]
                 quantized = self._method(block, self._recipe.scheme, scale_dtype)

@@ -9,6 +9,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import Tensor
+
+from converter.fp8 import BlockScaled, block_scaled, block_size
 from converter.weights import FILES_STAGED, FolderWeights, HubWeights, Weights
 from formats.container import SUFFIX, Container
 from formats.errors import CheckpointError, TemporaryError, UsageError, some
@@ -16,6 +19,7 @@ from formats.files import link_roots, open_regular, read_small, safe_name
 from formats.hub import download, list_files
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
+from formats.tensors import tensor_from
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -42,7 +46,10 @@ QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 @dataclass(frozen=True)
 class Source:
-    """A checked checkpoint: `shards` maps each weight file to its tensors, in file order."""
+    """A checked checkpoint: `shards` maps each weight file to its tensors, in file order, as the model has them.
+
+    Those in `fp8` are stored otherwise, with scales, which are not listed.
+    """
 
     id: str
     revision: str | None
@@ -52,6 +59,7 @@ class Source:
     shards: dict[str, dict[str, TensorSpec]]
     side_files: tuple[str, ...]
     weights: Weights
+    fp8: dict[str, BlockScaled]
 
     @property
     def nbytes(self) -> int:
@@ -73,6 +81,22 @@ class Source:
     def open(self, shard: str) -> Container:
         """Open a weight file for reading, fetched first where it is not on this machine."""
         return self.weights.open(shard)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the model has it."""
+        with self.open(self.shard_of(name)) as container:
+            tensor = tensor_from(container.read(name), container.tensors[name].spec)
+        return self.fp8[name].decode(tensor, 0, self.read_scales(name)) if name in self.fp8 else tensor
+
+    def read_scales(self, name: str) -> Tensor:
+        """The scales of a tensor in FP8."""
+        stored = self.fp8[name]
+        with self.open(stored.shard) as container:
+            return tensor_from(container.read(stored.scale), container.tensors[stored.scale].spec)
+
+    def shard_of(self, name: str) -> str:
+        """The weight file that holds a tensor."""
+        return next(shard for shard, tensors in self.shards.items() if name in tensors)
 
 
 def open_source(
@@ -113,8 +137,15 @@ def _read(folder: Path, name: str, commit: str | None, weights: Weights) -> Sour
     roots = link_roots(folder.resolve())
     config = _read_config(folder, roots)
     shards = _read_shards(folder, roots, weights)
+    block = block_size(config)
+    fp8 = {} if block is None else block_scaled(shards, block, str(folder))
+    scales = {stored.scale for stored in fp8.values()}
+    shards = {
+        shard: {n: fp8[n].meant if n in fp8 else spec for n, spec in tensors.items() if n not in scales}
+        for shard, tensors in shards.items()
+    }
     _refuse_quantized(folder, shards)
-    return Source(name, commit, folder, roots, config, shards, tuple(_side_files(folder, roots)), weights)
+    return Source(name, commit, folder, roots, config, shards, tuple(_side_files(folder, roots)), weights, fp8)
 
 
 def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None:
@@ -122,10 +153,10 @@ def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None
     if not path.exists():
         return None
     config = parse_object(read_small(path, roots), str(path), constants=True)
-    if method := _quantization(config):
+    if (method := _quantization(config)) and block_size(config) is None:
         raise CheckpointError(
-            f"{path}: the model is already quantised ({method}); expected 16- or 32-bit weights: "
-            "convert the model that it was made from"
+            f"{path}: the model is already quantised ({method}); expected 16- or 32-bit weights, or FP8 with a "
+            "weight_block_size: convert the model that it was made from"
         )
     return config
 
