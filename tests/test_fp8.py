@@ -95,9 +95,7 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path, scale: Tensor | None
         stored["a.weight_scale_inv"] = scale
     source = write_checkpoint(tmp_path / "source", stored, shards=1)
     add_config(source, {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS]})
-    with pytest.raises(
-        CheckpointError, match=r"'a\.weight' .* has the scales .*, expected F32 or .* \[4, 2\]"
-    ):
+    with pytest.raises(CheckpointError, match=r"'a\.weight' .* has the scales .*, expected F32 or .* \[4, 2\]"):
         open_source(str(source))
 
 

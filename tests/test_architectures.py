@@ -1,0 +1,134 @@
+"""Small random models of real architectures, as transformers saves them: converted, loaded, compared."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import convert_folder
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import runtime
+from converter.source import open_source
+from formats import codec
+from formats.errors import CheckpointError
+from formats.layout import Scheme
+from formats.manifest import Manifest
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2}
+MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fields, matrices that become int4
+    "Llama": ("LlamaConfig", GROUPED, 14),
+    "Llama, tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}, 14),
+    "Qwen2, biases": ("Qwen2Config", GROUPED, 14),
+    "Qwen3, norms of heads": ("Qwen3Config", {**GROUPED, "head_dim": 16}, 14),
+    "Phi3, fused qkv and gate-up": ("Phi3Config", {**GROUPED, "pad_token_id": 0}, 8),
+    "Falcon, fused qkv": ("FalconConfig", SIZES, 8),
+    "Gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16}, 14),
+    "Phi": ("PhiConfig", {**SIZES, "intermediate_size": 96}, 12),
+    "OPT": ("OPTConfig", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 64}, 12),
+    "GPT-OSS, fused experts kept": ("GptOssConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 4}, 8),
+    "Llama4, fused experts kept": (
+        "Llama4TextConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96}, 14),
+}  # fmt: skip
+IDS = torch.arange(20).unsqueeze(0)
+SCHEME = Scheme(32)
+
+
+def random_model(config: str, fields: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    found = getattr(transformers, config)(**fields)
+    return transformers.AutoModelForCausalLM.from_config(found, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model(IDS).logits
+    return found
+
+
+def dequantized(model: Any, manifest: Manifest, scale_dtype: torch.dtype = torch.bfloat16) -> Any:
+    """`model` with the values that the codec gives its quantised matrices."""
+    for row in manifest.tensors:
+        if row.quantized:
+            weight = model.get_parameter(row.name)
+            quantized = codec.quantize(weight.detach(), SCHEME, scale_dtype)
+            weight.data = codec.dequantize(quantized, weight.shape[1], SCHEME, weight.dtype)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_dequantised_weights(name: str, tmp_path: Path) -> None:
+    config, fields, count = MODELS[name]
+    model = random_model(config, fields)
+    model.save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    assert manifest.sizes.quantized == count
+    loaded = runtime.load(tmp_path / "out", device="cpu")
+    plain = logits(model)
+    found, expected = logits(loaded), logits(dequantized(model, manifest))
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert not torch.allclose(plain, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sources_of_16_bits_keep_their_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = random_model("LlamaConfig", GROUPED, dtype)
+    model.save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    loaded = runtime.load(tmp_path / "out", device="cpu")
+    assert loaded.dtype == dtype
+    expected = logits(dequantized(model, manifest, dtype)).float()
+    assert torch.allclose(logits(loaded).float(), expected, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_head_that_is_shipped_though_it_is_tied_is_used(tmp_path: Path) -> None:
+    def untie(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+
+    folder = tmp_path / "source"
+    model = random_model("LlamaConfig", {**GROUPED, "tie_word_embeddings": True})
+    model.save_pretrained(folder)
+    edit(folder, untie)
+    manifest = convert_folder(folder, tmp_path / "out", SCHEME)
+    loaded = runtime.load(tmp_path / "out", device="cpu")
+    assert torch.allclose(logits(loaded), 2 * logits(dequantized(model, manifest)), rtol=1e-3, atol=1e-4)
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_head_that_is_missing_and_not_tied_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    random_model("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    convert_folder(folder, tmp_path / "out", SCHEME)
+    with pytest.raises(CheckpointError, match=r"1 tensors missing \(lm_head\.weight\)"):
+        runtime.load(tmp_path / "out", device="cpu")
+
+
+def test_experts_that_are_stored_one_by_one_become_int4(tmp_path: Path) -> None:
+    fields = {**GROUPED, "num_local_experts": 4}
+    random_model("MixtralConfig", fields).save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    experts = [row for row in manifest.tensors if ".experts." in row.name]
+    assert len(experts) == 2 * 4 * 3
+    assert all(row.quantized for row in experts)
+    assert [row.reason for row in manifest.tensors if row.name.endswith(".gate.weight")] == ["router"] * 2
+
+
+def test_gpt2_whose_matrices_are_transposed_is_refused_with_its_reason(tmp_path: Path) -> None:
+    fields = {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "n_head": 4}
+    random_model("GPT2Config", fields).save_pretrained(tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"nothing to quantise: .*4 × Conv1D, stored \[in, out\]"):
+        convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    assert open_source(str(tmp_path / "source")).nbytes
