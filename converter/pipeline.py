@@ -20,7 +20,7 @@ from converter.source import Source
 from formats.codec import Quantized, check_finite
 from formats.container import Entry
 from formats.devices import block_weights
-from formats.errors import NonFiniteError
+from formats.errors import NonFiniteError, TemporaryError
 from formats.lane import Lane
 from formats.layout import CODES_PER_WORD, DTYPE_BYTES, TensorSpec, ceil_div, scale_dtype_for
 from formats.manifest import ErrorRecord, FileRecord, Recipe, TensorRecord
@@ -224,7 +224,10 @@ class Conversion:
         except torch.OutOfMemoryError:
             half = len(weight) // 2 // CODES_PER_WORD * CODES_PER_WORD
             if not half:
-                raise
+                raise TemporaryError(
+                    f"tensor {self.plan.name!r}: even {len(weight)} of its rows do not fit into the memory of "
+                    f"{self._device}; free some of it, or use another device"
+                ) from None
             torch.cuda.empty_cache()
             for part in (weight[:half], weight[half:]):
                 yield from self._block(part)

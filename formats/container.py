@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from formats.errors import CheckpointError
-from formats.files import READ_BLOCK, NewFile, open_regular
+from formats.files import READ_BLOCK, NewFile, open_regular, reading
 from formats.lane import Lane
 from formats.layout import DTYPE_BYTES, MAX_SIZE, TensorSpec
 from formats.strict_json import parse_object
@@ -60,7 +60,8 @@ class Container:
         self.path = path
         self._fd = open_regular(path, roots)
         try:
-            self._opened = os.fstat(self._fd)
+            with reading(path):
+                self._opened = os.fstat(self._fd)
             self.size = self._opened.st_size
             self._header = parse_header(partial(self._read, 0), self.size, str(path))
         except BaseException:
@@ -150,7 +151,8 @@ class Container:
 
     def refuse_changed(self) -> None:
         """Raise `CheckpointError` if the file is not what it was when it was opened."""
-        now = os.fstat(self._fd)
+        with reading(self.path):
+            now = os.fstat(self._fd)
         if (now.st_size, now.st_mtime_ns) != (self.size, self._opened.st_mtime_ns):
             raise CheckpointError(f"{self.path}: changed while it was read; wait until it is complete and run again")
 

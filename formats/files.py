@@ -58,9 +58,14 @@ def open_regular(path: Path, roots: Sequence[Path] = ()) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); is the checkpoint complete?") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        with reading(path):
+            regular = stat.S_ISREG(os.fstat(fd).st_mode)
+        if not regular:
+            raise CheckpointError(f"{path}: is not a regular file; expected a file with data")
+    except BaseException:
         os.close(fd)
-        raise CheckpointError(f"{path}: is not a regular file; expected a file with data")
+        raise
     return fd
 
 
@@ -71,7 +76,7 @@ def real_path(path: Path) -> Path:
 
 def read_small(path: Path, roots: Sequence[Path] = (), limit: int = 64 << 20) -> bytes:
     """The bytes of a regular file of at most `limit` bytes."""
-    with open(open_regular(path, roots), "rb") as file, _reading(path):
+    with open(open_regular(path, roots), "rb") as file, reading(path):
         raw = file.read(limit + 1)
     if len(raw) > limit:
         raise CheckpointError(f"{path}: is over {limit} bytes, more than any file of its kind needs")
@@ -80,7 +85,7 @@ def read_small(path: Path, roots: Sequence[Path] = (), limit: int = 64 << 20) ->
 
 def read_blocks(path: Path, roots: Sequence[Path] = ()) -> Iterator[bytes]:
     """The bytes of a regular file of any size, block by block."""
-    with open(open_regular(path, roots), "rb") as file, _reading(path):
+    with open(open_regular(path, roots), "rb") as file, reading(path):
         while block := file.read(READ_BLOCK):
             yield block
 
@@ -95,7 +100,8 @@ def hash_file(path: Path, roots: Sequence[Path] = ()) -> tuple[int, str]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Inside, what the operating system refuses is a `CheckpointError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -229,7 +235,8 @@ def _open_locked(path: Path) -> int:
         try:
             with _writing(path):
                 _take(fd, path)
-            if os.fstat(fd).st_nlink:  # else its last holder removed the file between our open and our lock
+                linked = os.fstat(fd).st_nlink
+            if linked:  # else its last holder removed the file between our open and our lock
                 return fd
         except BaseException:
             os.close(fd)
