@@ -24,11 +24,12 @@ def sums(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
 
 def _beyond(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
     """Which weights [N, G, group width] are more than half a step beyond the outermost codes."""
-    codes = grouped(weight, scheme) / quantized.scale.float().unsqueeze(-1)
+    groups, scale = grouped(weight, scheme), quantized.scale.float().unsqueeze(-1)
+    zero: Tensor | int = 0
     if quantized.zero_point is not None:
-        codes += unpack_zero_point(quantized.zero_point, weight.shape[0]).unsqueeze(-1)
-    middle, reach = (CODE_MAX + CODE_MIN) / 2, (CODE_MAX - CODE_MIN + 1) / 2
-    return codes.sub_(middle).abs_() > reach
+        zero = unpack_zero_point(quantized.zero_point, weight.shape[0]).unsqueeze(-1)
+    one, other = (CODE_MIN - 0.5 - zero) * scale, (CODE_MAX + 0.5 - zero) * scale  # a scale may be negative
+    return (groups < torch.minimum(one, other)).logical_or_(groups > torch.maximum(one, other))
 
 
 def error_record(total: Tensor, weights: int, output: float | None = None) -> ErrorRecord:

@@ -45,7 +45,7 @@ def pack(codes: Tensor) -> Tensor:
     """Codes −8..7 as int8 [N, K] → words int32 [N, ceil(K/8)]; word w holds columns 8w.. from its low bits up."""
     rows, columns = codes.shape
     words = ceil_div(columns, CODES_PER_WORD)
-    nibbles = F.pad(codes, (0, words * CODES_PER_WORD - columns)).sub(CODE_MIN).to(torch.uint8)
+    nibbles = padded(codes, words * CODES_PER_WORD).sub(CODE_MIN).to(torch.uint8)
     octets = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
     return octets.flatten().view(torch.int32).view(rows, words)  # little-endian, as every machine that torch runs on
 
@@ -71,7 +71,12 @@ def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     """[N, K] → [N, G, group width]; a short last group is filled up with zeros."""
     columns = weight.shape[1]
     width, groups = scheme.group_width(columns), scheme.groups(columns)
-    return F.pad(weight, (0, groups * width - columns)).reshape(weight.shape[0], groups, width)
+    return padded(weight, groups * width).reshape(weight.shape[0], groups, width)
+
+
+def padded(x: Tensor, columns: int) -> Tensor:
+    """x [N, K], filled up with zeros to so many columns; F.pad would copy it even where none is missing."""
+    return x if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
 
 
 def as_stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:

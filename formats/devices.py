@@ -12,7 +12,7 @@ from formats.errors import UsageError
 HAS_TRITON = find_spec("triton") is not None  # not on every platform; elsewhere torch does the work
 
 # Weights that a device works on at a time: what the cache of a CPU holds, what fills a GPU.
-BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 23}
+BLOCK_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 23}
 
 
 def block_weights(device: torch.device) -> int:
