@@ -23,7 +23,7 @@ from converter.ranks import Ranks, joined_ranks, local_device
 from converter.source import Source, open_source
 from formats import __version__
 from formats.command import echo, run
-from formats.devices import parse_devices, peak_memory
+from formats.devices import keep_freed_memory, parse_devices, peak_memory
 from formats.errors import UsageError, some
 from formats.layout import Scheme
 from formats.manifest import CalibrationRecord, Manifest
@@ -94,6 +94,7 @@ def command(
     if dry_run:
         _print_plan(plan, source, as_json)
         return
+    keep_freed_memory()
     warm_up(plan, chosen)
     # disable=None: a bar only where someone watches it.
     disable = True if quiet or not ranks.leads else None

@@ -1,5 +1,6 @@
 """Which device computes, and whether Triton can."""
 
+import ctypes
 import resource
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ HAS_TRITON = find_spec("triton") is not None  # not on every platform; elsewhere
 
 # Weights that a device works on at a time: what the cache of a CPU holds, what fills a GPU.
 BLOCK_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 23}
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES = 1 << 28
 
 
 def block_weights(device: torch.device) -> int:
@@ -40,10 +44,22 @@ def parse_devices(names: str | None) -> list[torch.device]:
     """The devices that `names` lists, separated by commas; "all" is every GPU. Raises `UsageError`."""
     if names == "all":
         names = ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        if not names:
+            raise UsageError("device 'all': there is no GPU here; use cpu")
     found = [parse_device(name) for name in (names.split(",") if names is not None else [None])]
     if len(set(found)) < len(found):
         raise UsageError(f"devices {names!r}: names one twice")
     return found
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library use freed memory again, where that is glibc; whether it is.
+
+    By default it gives blocks of some megabytes back, and every temporary tensor is faulted in anew: on two cores a
+    conversion takes a third longer.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(option, KEPT_BYTES) for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
 
 
 def peak_memory(devices: Sequence[torch.device]) -> tuple[int, int]:
