@@ -12,12 +12,15 @@ import torch
 from checkpoints import contents, convert_folder, random, tiny_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from converter.convert import convert, make_recipe
 from converter.journal import JOURNAL_NAME
 from converter.output import LOCK_NAME
 from converter.pipeline import Conversion
+from converter.plan import make_plan
+from converter.source import open_source
 from formats import codec
 from formats.checkpoint import Checkpoint
-from formats.devices import BLOCK_WEIGHTS
+from formats.devices import BLOCK_WEIGHTS, parse_devices
 from formats.errors import CheckpointError, NonFiniteError, OutputError, TemporaryError
 from formats.files import lock
 from formats.layout import Scheme
@@ -94,6 +97,17 @@ def test_a_gpu_gives_the_same_bytes(tmp_path: Path, symmetric: bool) -> None:
     convert_folder(source, tmp_path / "cpu", Scheme(128, symmetric))
     convert_folder(source, tmp_path / "gpu", Scheme(128, symmetric), device="cuda")
     assert contents(tmp_path / "cpu") == contents(tmp_path / "gpu")
+
+
+@pytest.mark.gpu
+def test_every_gpu_gives_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {f"layers.{i}.proj.weight": random(256, 1000 + i, seed=i) for i in range(9)}
+    source = write_checkpoint(tmp_path / "source", tensors, shards=9)
+    convert_folder(source, tmp_path / "cpu", Scheme(128))
+    opened = open_source(str(source))
+    plan = make_plan(opened, make_recipe(Scheme(128), "absmax", (), ()))
+    convert(opened, plan, tmp_path / "gpus", parse_devices("all"))
+    assert contents(tmp_path / "cpu") == contents(tmp_path / "gpus")
 
 
 def test_side_files_are_copied_and_the_configuration_names_the_format(source: Path, out: Path) -> None:
