@@ -49,6 +49,8 @@ PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
                           "groups": 1}),  # a 1 is a constant for Triton
     "search": (quantize_kernel, {
         **ABSMAX, "SEARCH": True, "SYMMETRIC": False, "GROUPS": 32, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),
+    "search, a row of 16384": (quantize_kernel, {
+        **ABSMAX, "SEARCH": True, "SYMMETRIC": False, "GROUPS": 1, "LANES": 256, "TURNS": 8, "CHUNKS": 1, "groups": 1}),
     "sweep": (sweep_kernel, {"HAS_BEFORE": True, "ROWS": TILE_ROWS, "COLUMNS": 128}),
     "matmul": (matmul_kernel, {**TILE, "HAS_BIAS": True, "BLOCK_N": 128, "BLOCK_M": 128}),
     "matmul, scales inside": (matmul_kernel, {**TILE, "HAS_BIAS": False, "ONE_SCALE": False, "BLOCK_K": 32}),
@@ -74,7 +76,7 @@ def portable() -> Iterator[tuple[str, str, Any]]:
             signature["w_ptr"] = "*fp32"
         if kernel is sweep_kernel:
             signature |= FP32
-        options = {"num_warps": 8 if constants.get("BLOCK_M") == 128 else 4}
+        options = {"num_warps": 8 if constants.get("BLOCK_M") == 128 or constants.get("LANES") == 256 else 4}
         for chip, target in TARGETS.items():
             source = ASTSource(kernel, signature, constants, aligned(kernel.arg_names))
             yield chip, name, triton_compile(source, target=target, options=options)

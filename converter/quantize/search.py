@@ -13,7 +13,8 @@ from formats.layout import CODE_MAX, CODE_MIN, CODES_PER_WORD, Scheme, ceil_div
 COARSE = range(38, 72, 3)  # ratios of a scale to that of the whole range, in 64ths
 FINE = range(125, 132)  # and to the best of those, in 128ths: exact in fp32, as the kernel makes them
 SIGNS, SHIFTS = (1.0, -1.0), (0.0, -1.0, 1.0)  # of the scale; of the zero point
-GROUP_LANES, MOST_LANES = 4, 1024  # of a GPU for a group; at least 64 bytes of 16-bit weights, side by side
+GROUP_LANES = 4  # of a GPU for a group, at least: 64 bytes of 16-bit weights, side by side
+MOST_LANES = {2: 256, 4: 64}  # by the bytes of a weight: with more, registers spill and compiling takes minutes
 LANE_WORDS = 8  # for each of them, on their way at once
 
 Sum = Callable[[Tensor], Tensor]
@@ -26,11 +27,12 @@ def search(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantize
     llama.cpp's searches (`make_qx_quants`, `make_qkx3_quants`): without zero points scales of either sign, by which the
     largest weight has code −8 or 8 times a ratio; with them the range times a ratio, the zero where min–max has it or
     beside it. Signed max / −8, or min–max, comes first. Scales near the best of them then give codes, and these the
-    scale of least squares, as it is stored. One kernel on a GPU and torch elsewhere find the same, bit for bit.
+    scale of least squares, as it is stored. One kernel on a GPU, and torch elsewhere and for very long groups, find the
+    same, bit for bit.
 
     Raises `NonFiniteError` on NaN or infinity.
     """
-    if weight.is_cuda and HAS_TRITON and lanes_of(padded_words(weight, scheme)) <= MOST_LANES:
+    if weight.is_cuda and HAS_TRITON and lanes_of(padded_words(weight, scheme)) <= MOST_LANES[weight.element_size()]:
         from converter.quantize import kernels
 
         return kernels.search(weight, scheme, scale_dtype)
