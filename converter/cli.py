@@ -50,7 +50,9 @@ NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 @click.option("--device", "--devices", "devices", metavar="DEVICES", help="Where to quantise: cpu, cuda:0, "
               "cuda:0,cuda:1 or all GPUs.  [default: cuda if there is a GPU, else cpu]")  # fmt: skip
 @click.option("--low-disk", is_flag=True, help="Hold at most two weight files of a Hub repository at a time.")
-@click.option("--dry-run", is_flag=True, help="Print what would happen to each tensor, and fetch and write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what would happen to each tensor; fetch no weights, write nothing."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in OUT_DIR.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (and with --dry-run the plan) as JSON.")

@@ -47,11 +47,9 @@ def convert_shard(
     Raises `CheckpointError` on bad weights or a file that changes meanwhile, `OutputError` where writing fails.
     """
     digest = hashlib.sha256()
+    recipe = out.plan.recipe
     tensors = {
-        tensor.name: Conversion(
-            tensor, out.plan.recipe, device, prepared.find(tensor.name), decoder(source, tensor.name)
-        )
-        for tensor in shard.tensors
+        plan.name: Conversion(plan, recipe, device, prepared, decoder(source, plan.name)) for plan in shard.tensors
     }
     with source.open(shard.source) as container, out.writer(shard) as writer:
         entries = container.tensors.items()
@@ -99,7 +97,7 @@ def warm_up(plan: Plan, devices: Sequence[torch.device]) -> None:
 
 def chunk_bytes(spec: TensorSpec, *, by_rows: bool) -> int:
     """Of a tensor on its way at once; `by_rows` 8 rows, along which zero points are packed, or a multiple of them."""
-    unit = CODES_PER_WORD * spec.nbytes // spec.shape[0] if by_rows else 1
+    unit = max(1, CODES_PER_WORD * spec.nbytes // max(1, spec.shape[0])) if by_rows else 1
     return max(1, CHUNK_BYTES // unit) * unit
 
 
@@ -125,8 +123,8 @@ def decoder(source: Source, name: str) -> Callable[[Tensor, int], Tensor] | None
 class Conversion:
     """One tensor on its way, chunk by chunk; `digests` are of the tensors stored for it.
 
-    A matrix that calibration has `prepared` is taken from there. Rows of type `stored` become those of the model by
-    `decode`, with the number of the first of them.
+    A matrix that calibration has `prepared` is taken from there. Stored rows become those of the model by `decode`,
+    with the number of the first of them.
     """
 
     def __init__(
@@ -134,14 +132,16 @@ class Conversion:
         plan: TensorPlan,
         recipe: Recipe,
         device: torch.device,
-        prepared: Prepared | None,
+        prepared: PreparedLayers,
         decode: Callable[[Tensor, int], Tensor] | None,
     ) -> None:
         self.plan = plan
         self.digests = {name: hashlib.sha256() for name in plan.stored}
         self._recipe = recipe
         self._device = device
-        self._prepared = prepared
+        self._layers = prepared
+        self._prepared: Prepared | None = None  # in memory while the matrix is on its way
+        self._error: ErrorRecord | None = None
         self._decode = decode
         self._method = METHODS.get(recipe.method, search)  # what calibration does not reach
         self._rows = 0
@@ -174,6 +174,8 @@ class Conversion:
             yield self.plan.name, bytes_of(self._as_meant(weight))
             self._rows += len(weight)
             return
+        if self._rows == 0:
+            self._prepared = self._layers.find(self.plan.name)
         first, *others = self.plan.stored
         for quantized in self._quantized(weight):
             packed, *rest = quantized.tensors()
@@ -186,6 +188,9 @@ class Conversion:
                     f"tensor {self.plan.name!r}: its weights overflow fp32 once they are rounded to int4; expected "
                     "smaller ones: repair the source, or keep this tensor with --exclude"
                 )
+            output = None if self._prepared is None else self._prepared.output_error
+            self._error = error_record(self._sums, self.plan.spec.numel, output)
+            self._prepared = None
             yield from self._later.items()
 
     def _as_meant(self, weight: Tensor) -> Tensor:
@@ -194,13 +199,9 @@ class Conversion:
 
     def record(self, file: str) -> TensorRecord:
         """The row of the manifest, once all is hashed."""
-        plan, digests = self.plan, tuple(digest.hexdigest() for digest in self.digests.values())
-        error: ErrorRecord | None = None
-        if plan.quantized:
-            output = None if self._prepared is None else self._prepared.output_error
-            error = error_record(self._sums, plan.spec.numel, output)
-        spec = plan.spec
-        return TensorRecord(plan.name, spec.dtype, spec.shape, plan.quantized, plan.reason, file, digests, error)
+        plan, spec = self.plan, self.plan.spec
+        digests = tuple(digest.hexdigest() for digest in self.digests.values())
+        return TensorRecord(plan.name, spec.dtype, spec.shape, plan.quantized, plan.reason, file, digests, self._error)
 
     def _quantized(self, weight: Tensor) -> Iterator[Quantized]:
         """The next rows of the matrix, quantised in blocks that suit the device.

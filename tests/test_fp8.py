@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import convert_folder, random, write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter import pipeline
@@ -70,6 +70,15 @@ def test_fp8_converts_as_what_it_means(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "i4"
     assert read_manifest(tmp_path / "out") == found
+
+
+def test_an_empty_matrix_is_kept(tmp_path: Path) -> None:
+    fp8, _ = checkpoints(tmp_path, 1)
+    stored = load_file(fp8 / "model.safetensors")
+    stored |= {"e.weight": torch.zeros(0, 8).to(torch.float8_e4m3fn), "e.weight_scale_inv": torch.zeros(0, 1)}
+    save_file(stored, fp8 / "model.safetensors")
+    rows = {row.name: row for row in convert_folder(fp8, tmp_path / "out").tensors}
+    assert (rows["e.weight"].dtype, rows["e.weight"].shape, rows["e.weight"].quantized) == ("BF16", (0, 8), False)
 
 
 def test_progress_counts_the_bytes_of_the_model(tmp_path: Path) -> None:
