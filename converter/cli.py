@@ -109,8 +109,7 @@ def command(
             calibrated=partial(_show_layer, layers),
         )  # fmt: skip
         seconds = time.monotonic() - started
-    if staging is not None:
-        shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(out_dir / STAGING_NAME, ignore_errors=True)  # of this run, or of one that was interrupted
     if ranks.leads:
         _print_summary(manifest, out_dir, chosen, seconds, as_json=as_json, quiet=quiet)
 

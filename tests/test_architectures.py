@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import convert_folder
 from safetensors.torch import load_file, save_file
+from test_fp8 import COLUMNS, ROWS, add_config, in_fp8
 from torch import Tensor
 
 import runtime
@@ -85,6 +86,25 @@ def test_sources_of_16_bits_keep_their_type(dtype: torch.dtype, tmp_path: Path) 
     assert loaded.dtype == dtype
     expected = logits(dequantized(model, manifest, dtype)).float()
     assert torch.allclose(logits(loaded).float(), expected, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_source_in_fp8_has_the_logits_of_what_it_means(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    model = random_model("Qwen3Config", {**GROUPED, "head_dim": 16}, torch.bfloat16)
+
+    def encode(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "_proj." in name]:
+            tensors[name], tensors[f"{name}_scale_inv"], meant = in_fp8(tensors[name])
+            model.get_parameter(name).data = meant
+
+    model.save_pretrained(folder)
+    edit(folder, encode)
+    add_config(folder, {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS]})
+    manifest = convert_folder(folder, tmp_path / "out", SCHEME)
+    assert manifest.sizes.quantized == 14
+    expected = logits(dequantized(model, manifest)).float()
+    found = logits(runtime.load(tmp_path / "out", device="cpu")).float()
+    assert torch.allclose(found, expected, atol=0.02 * expected.abs().max().item())
 
 
 def test_a_head_that_is_shipped_though_it_is_tied_is_used(tmp_path: Path) -> None:
