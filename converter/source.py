@@ -124,7 +124,9 @@ def open_source(
     commit = folder.name
     try:
         files = list_files(model, commit)
-    except TemporaryError:  # what is cached may be enough
+    except TemporaryError:
+        if not all((folder / name).exists() for name in _weight_files(folder, link_roots(folder))):
+            raise
         return _read(folder, model, commit, FolderWeights(folder, link_roots(folder)))
     source = _read(folder, model, commit, HubWeights(model, commit, files, staging, quiet=quiet))
     if headers_only or not any(fnmatchcase(name, OTHER_PARTS) for name in files):
@@ -181,6 +183,12 @@ def _weight_map(path: Path, roots: tuple[Path, ...]) -> dict[str, str]:
     return weight_map
 
 
+def _weight_files(folder: Path, roots: tuple[Path, ...]) -> list[str]:
+    """The names of the weight files, by the index if there is one."""
+    index = folder / INDEX_NAME
+    return sorted(set(_weight_map(index, roots).values())) if index.exists() else [SINGLE_NAME]
+
+
 def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dict[str, dict[str, TensorSpec]]:
     index = folder / INDEX_NAME
     if not index.exists():
@@ -189,7 +197,7 @@ def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dic
         _refuse_strays(folder, weights, {SINGLE_NAME}, SINGLE_NAME)
         return {SINGLE_NAME: weights.header(SINGLE_NAME)}
     weight_map = _weight_map(index, roots)
-    names = sorted(set(weight_map.values()))
+    names = _weight_files(folder, roots)
     missing = [name for name in names if not weights.has(name)]
     if missing:
         raise CheckpointError(f"{index}: names {some(missing)} which are not in the folder; fetch them again")

@@ -192,6 +192,13 @@ def test_a_repository_that_is_cached_whole_converts_without_the_hub(hub: LocalHu
     assert contents(tmp_path / "offline") == contents(tmp_path / "online")
 
 
+def test_a_repository_that_is_cached_in_part_is_a_temporary_error(hub: LocalHub, tmp_path: Path) -> None:
+    hub.push(make_checkpoint(tmp_path / "source"))
+    open_source(REPO).weights.fetch(SHARDS[0])
+    hub.fail(500)
+    assert type(error_of()) is TemporaryError
+
+
 def test_files_in_the_blob_store_that_repositories_share_are_read(hub: LocalHub, tmp_path: Path) -> None:
     hub.push(make_checkpoint(tmp_path / "source"))
     convert(REPO, str(tmp_path / "out"))
