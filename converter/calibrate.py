@@ -61,7 +61,6 @@ class Calibration:
         self.scheme = plan.recipe.scheme
         self.device = device
         matrices = {tensor.name for tensor in plan.tensors if tensor.quantized}
-        self.shard_of = {name: shard for shard, tensors in source.shards.items() for name in tensors}
         self.model: Any = build(source.folder, torch.float32, stored=torch.float32)
         self.prefix, self.layers = decoder_layers(self.model, matrices)
         self.matrices = {name for name in matrices if name.startswith(self.prefix)}
@@ -127,19 +126,15 @@ class Calibration:
             full = prefix + name
             if outside is not None and full.startswith(outside):
                 continue
-            if full in self.shard_of:
+            if full in self.source.shard_of:
                 owner, _, leaf = name.rpartition(".")
-                value = self.read(full).to(place.dtype)
+                value = self.source.read(full).to(place.dtype)
                 kind = nn.Parameter(value, requires_grad=False) if isinstance(place, nn.Parameter) else value
                 setattr(module.get_submodule(owner), leaf, kind)
             elif place.is_meta:
                 raise CheckpointError(
                     f"{self.source.folder}: lacks {full!r}, which its model has; cannot be calibrated"
                 )
-
-    def read(self, name: str) -> Tensor:
-        """A tensor of the source."""
-        return self.source.read(name)
 
     def quantized(
         self,
@@ -164,7 +159,8 @@ class Calibration:
             for name in names:
                 full = f"{prefix}{name}{WEIGHT}"
                 weight = linears[name].weight.data
-                scale_dtype = TORCH_DTYPES[scale_dtype_for(self.source.shards[self.shard_of[full]][full].dtype)]
+                spec = self.source.shards[self.source.shard_of[full]][full]
+                scale_dtype = TORCH_DTYPES[scale_dtype_for(spec.dtype)]
                 if inputs.tokens < weight.shape[1]:
                     too_few.append(full)
                     found = search(weight, self.scheme, scale_dtype)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from converter.plan import Plan
 from formats.errors import CheckpointError
-from formats.files import PARTIAL_SUFFIX, leaves, link_roots, make_folder, publish_bytes, read_small, remove
+from formats.files import clear_folder, link_roots, make_folder, publish_bytes, read_small
 from formats.manifest import FileRecord, Manifest, Recipe, SourceRecord, TensorRecord
 from formats.records import from_json, to_json
 from formats.strict_json import canonical, parse_object
 
 JOURNAL_NAME = ".int4-convert.json"
 SHARDS_NAME = ".int4-convert-shards"
-OURS = re.compile(rf".+\.json(\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)})?")
+OURS = re.compile(r".+\.json")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,6 @@ class Journal:
     source: SourceRecord
     recipe: Recipe
     files: tuple[FileRecord, ...]
-
-    @classmethod
-    def read(cls, path: Path) -> "Journal":
-        """The journal in `path`; raises `CheckpointError`."""
-        raw = parse_object(read_small(path, link_roots(path.parent)), str(path))
-        return from_json(cls, {field.name: raw.get(field.name) for field in fields(cls)}, str(path))
 
     def differences(self, source: SourceRecord, recipe: Recipe) -> str:
         """In words, what of the recorded source and recipe is not that of `source` and `recipe`; empty if nothing."""
@@ -53,12 +47,20 @@ class ShardRecord:
     tensors: tuple[TensorRecord, ...]
 
 
-def records_of(journal: Path, plan: Plan) -> dict[str, ShardRecord]:
-    """The records of the shards of `plan`, by their names, where `journal` is a whole manifest but for its name."""
-    raw = parse_object(read_small(journal, link_roots(journal.parent)), str(journal))
+def read_journal(path: Path, plan: Plan) -> tuple[Journal, dict[str, ShardRecord]]:
+    """The journal in `path`, and the records of shards of `plan` if it is a whole manifest but for its name.
+
+    Raises `CheckpointError`.
+    """
+    raw = parse_object(read_small(path, link_roots(path.parent)), str(path))
+    journal = from_json(Journal, {field.name: raw.get(field.name) for field in fields(Journal)}, str(path))
     if raw.keys() != {field.name for field in fields(Manifest)}:
-        return {}
-    manifest = from_json(Manifest, raw, str(journal))
+        return journal, {}
+    return journal, _records_of(from_json(Manifest, raw, str(path)), plan)
+
+
+def _records_of(manifest: Manifest, plan: Plan) -> dict[str, ShardRecord]:
+    """The records of the shards of `plan`, by their names, that `manifest` contains."""
     files, sources = ({file.name: file for file in found} for found in (manifest.files, manifest.source.files))
     return {
         shard.output: ShardRecord(
@@ -95,9 +97,4 @@ class ShardRecords:
 
     def clear(self, keep: Mapping[str, ShardRecord]) -> None:
         """Remove all records but those to `keep`, and the folder if nothing else is in it."""
-        if self.folder.is_dir():
-            for path in leaves(self.folder):
-                if OURS.fullmatch(path.name) and path.name.removesuffix(".json") not in keep:
-                    remove(path)
-            if not leaves(self.folder):
-                remove(self.folder)
+        clear_folder(self.folder, OURS, {f"{name}.json" for name in keep})

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from converter.journal import JOURNAL_NAME, Journal, ShardRecord, ShardRecords, records_of
+from converter.journal import JOURNAL_NAME, Journal, ShardRecord, ShardRecords, read_journal
 from converter.plan import Plan, ShardPlan
 from converter.source import CONFIG_NAME, Source
 from formats.container import Writer
 from formats.errors import CheckpointError, OutputError, some
 from formats.files import (
-    PARTIAL_SUFFIX,
     hash_file,
     leaves,
     lock,
@@ -29,6 +27,7 @@ from formats.files import (
     real_path,
     remove,
     rename,
+    whole_name,
 )
 from formats.layout import BITS
 from formats.manifest import (
@@ -47,7 +46,6 @@ from formats.strict_json import canonical
 LOCK_NAME = ".int4-convert.lock"
 RECORDS = (LOCK_NAME, JOURNAL_NAME, MANIFEST_NAME)
 SPARE_BYTES = 64 << 20  # for index, journal and manifest
-PARTIAL = re.compile(r"\.[0-9a-f]{8}" + re.escape(PARTIAL_SUFFIX) + "$")
 QUANT_METHOD = "i4"
 HASHING_THREADS = 4
 
@@ -226,8 +224,8 @@ class OutputDir:
             return frozenset(read_manifest(self.folder).files), {}
         if not journal.exists():
             return None, {}
-        earlier = Journal.read(journal)
-        shards = {**records_of(journal, self.plan), **self._records.read()}
+        earlier, shards = read_journal(journal, self.plan)
+        shards |= self._records.read()
         files = frozenset(earlier.files) | {shard.file for shard in shards.values()}
         if other := earlier.differences(self._source_record(), self.plan.recipe):
             if not self._overwrite:
@@ -284,7 +282,7 @@ class OutputDir:
 
 def _is_apart(name: str) -> bool:
     """Whether `name` is hidden and not ours, as .git or .DS_Store: no part of a checkpoint, and in nobody's way."""
-    return name.startswith(".") and PARTIAL.sub("", name) not in RECORDS
+    return name.startswith(".") and whole_name(name) not in RECORDS
 
 
 def _sound(paths: Mapping[str, Path], recorded: Collection[FileRecord] | None) -> set[str]:
@@ -308,5 +306,5 @@ def _is_ours(path: Path, name: str, ours: set[str], recorded: Collection[FileRec
     if name in RECORDS or name in ours:
         return True
     if recorded is None:  # before there is a record there is only a half-made one
-        return PARTIAL.sub("", name) == JOURNAL_NAME
-    return path.is_dir() or bool(PARTIAL.search(name))
+        return whole_name(name) == JOURNAL_NAME
+    return path.is_dir() or whole_name(name) != name

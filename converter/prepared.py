@@ -9,12 +9,12 @@ from pathlib import Path
 from formats.codec import Quantized
 from formats.container import SUFFIX, Container, Writer
 from formats.errors import CheckpointError
-from formats.files import PARTIAL_SUFFIX, leaves, make_folder, publish, remove
+from formats.files import clear_folder, make_folder, publish
 from formats.layout import PACKED, SCALE, ZERO_POINT
 from formats.tensors import bytes_of, spec_of, tensor_from
 
 FOLDER_NAME = ".int4-convert-layers"
-OURS = re.compile(rf"layer-\d{{5}}{re.escape(SUFFIX)}(\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)})?")
+OURS = re.compile(rf"layer-\d{{5}}{re.escape(SUFFIX)}")
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,7 @@ class PreparedLayers:
 
     def clear(self) -> None:
         """Remove the files of layers, whole or half-made, and the folder if nothing else is in it."""
-        if self.folder.is_dir():
-            for path in leaves(self.folder):
-                if OURS.fullmatch(path.name):
-                    remove(path)
-            if not leaves(self.folder):
-                remove(self.folder)
+        clear_folder(self.folder, OURS)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}{SUFFIX}"

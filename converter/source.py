@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,7 +85,7 @@ class Source:
 
     def read(self, name: str) -> Tensor:
         """A tensor as the model has it."""
-        with self.open(self.shard_of(name)) as container:
+        with self.open(self.shard_of[name]) as container:
             tensor = tensor_from(container.read(name), container.tensors[name].spec)
         return self.fp8[name].decode(tensor, 0, self.read_scales(name)) if name in self.fp8 else tensor
 
@@ -94,9 +95,10 @@ class Source:
         with self.open(stored.shard) as container:
             return tensor_from(container.read(stored.scale), container.tensors[stored.scale].spec)
 
-    def shard_of(self, name: str) -> str:
-        """The weight file that holds a tensor."""
-        return next(shard for shard, tensors in self.shards.items() if name in tensors)
+    @cached_property
+    def shard_of(self) -> dict[str, str]:
+        """The weight file of each tensor."""
+        return {name: shard for shard, tensors in self.shards.items() for name in tensors}
 
 
 def open_source(
@@ -197,7 +199,7 @@ def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dic
         _refuse_strays(folder, weights, {SINGLE_NAME}, SINGLE_NAME)
         return {SINGLE_NAME: weights.header(SINGLE_NAME)}
     weight_map = _weight_map(index, roots)
-    names = _weight_files(folder, roots)
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not weights.has(name)]
     if missing:
         raise CheckpointError(f"{index}: names {some(missing)} which are not in the folder; fetch them again")

@@ -69,7 +69,7 @@ class FolderWeights:
     def header(self, name: str) -> dict[str, TensorSpec]:
         """See `Weights`."""
         with self.open(name) as container:
-            return {tensor: entry.spec for tensor, entry in container.tensors.items()}
+            return container.header.specs
 
     def missing_bytes(self, name: str) -> int:
         """See `Weights`."""
@@ -117,11 +117,11 @@ class HubWeights:
 
     def header(self, name: str) -> dict[str, TensorSpec]:
         """See `Weights`; by range requests unless the file is cached."""
-        if (path := cached(self.repo_id, self.commit, name)) is not None:
-            return FolderWeights(path.parents[name.count("/")], link_roots(path.parents[name.count("/")])).header(name)
+        if not self.missing_bytes(name):
+            with self.open(name) as container:
+                return container.header.specs
         size = self.files[name].size
-        header = parse_header(self._reader(name, size), size, f"{self.repo_id}: {name}")
-        return {tensor: entry.spec for tensor, entry in header.tensors.items()}
+        return parse_header(self._reader(name, size), size, f"{self.repo_id}: {name}").specs
 
     def missing_bytes(self, name: str) -> int:
         """See `Weights`."""

@@ -132,7 +132,7 @@ def _first(reads: deque[tuple[str, TensorSpec, Future[Tensor]]]) -> tuple[str, T
 
 
 def _compare(expected: dict[str, TensorSpec], container: Container, path: Path) -> None:
-    found = {name: entry.spec for name, entry in container.tensors.items()}
+    found = container.header.specs
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(

@@ -52,6 +52,11 @@ class Header:
     tensors: dict[str, Entry]
     metadata: dict[str, str]
 
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Type and shape of every tensor, in the order of their bytes."""
+        return {name: entry.spec for name, entry in self.tensors.items()}
+
 
 class Container:
     """A safetensors file opened for reading; raises `CheckpointError` where `parse_header` does."""
@@ -63,7 +68,7 @@ class Container:
             with reading(path):
                 self._opened = os.fstat(self._fd)
             self.size = self._opened.st_size
-            self._header = parse_header(partial(self._read, 0), self.size, str(path))
+            self.header = parse_header(partial(self._read, 0), self.size, str(path))
         except BaseException:
             self.close()
             raise
@@ -71,12 +76,12 @@ class Container:
     @property
     def tensors(self) -> dict[str, Entry]:
         """Every tensor by its name, in the order of their bytes."""
-        return self._header.tensors
+        return self.header.tensors
 
     @property
     def metadata(self) -> dict[str, str]:
         """The free text of the header."""
-        return self._header.metadata
+        return self.header.metadata
 
     def __enter__(self) -> "Container":
         return self
@@ -123,7 +128,7 @@ class Container:
         size of the largest span. What is yielded holds until the next. Raises `CheckpointError` if the file changed
         since it was opened.
         """
-        digest.update(self._header.raw)
+        digest.update(self.header.raw)
         ahead, reads, hashes = len(buffers) // 2, deque[Future[memoryview]](), deque[Future[None]]()
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as hasher:
             for i in range(len(spans) + ahead):

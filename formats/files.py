@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from formats.errors import CheckpointError, OutputError, TemporaryError
 
 PARTIAL_SUFFIX = ".partial"
+PARTIAL = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}$")  # what `publish` puts behind a name
 READ_BLOCK = 1 << 20
 SHARED_BLOBS = "blobs"  # beside the repositories of a Hub cache, for files that came through Xet
 LOCK_CONTENT = re.compile(rb"\d{0,20}\n?")
@@ -198,6 +199,21 @@ def remove(path: Path) -> None:
             path.rmdir()
         else:
             path.unlink()
+
+
+def whole_name(name: str) -> str:
+    """The name that a file takes once it is whole."""
+    return PARTIAL.sub("", name)
+
+
+def clear_folder(folder: Path, ours: re.Pattern[str], keep: Collection[str] = ()) -> None:
+    """Remove files whose names are `ours`, whole or half-made, but those to `keep`, and the folder if it is empty."""
+    if folder.is_dir():
+        for path in leaves(folder):
+            if ours.fullmatch(whole_name(path.name)) and path.name not in keep:
+                remove(path)
+        if not leaves(folder):
+            remove(folder)
 
 
 def publish_bytes(path: Path, data: bytes) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from converter.convert import convert, make_recipe
@@ -71,6 +71,11 @@ def convert_folder(
     opened = open_source(str(source))
     plan = make_plan(opened, make_recipe(scheme, "absmax", include, exclude))
     return convert(opened, plan, out, [torch.device(device)], overwrite=overwrite)
+
+
+def stored(out: Path) -> dict[str, Tensor]:
+    """Every tensor of an int4 checkpoint, by the safetensors library."""
+    return {name: tensor for path in out.glob("*.i4.safetensors") for name, tensor in load_file(path).items()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import contents, convert_folder, random, tiny_tensors, write_checkpoint
+from checkpoints import contents, convert_folder, random, stored, tiny_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from converter.convert import convert, make_recipe
@@ -32,10 +32,6 @@ def begin(source: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(Conversion, "convert", lambda self, chunk: (_ for _ in ()).throw(KeyboardInterrupt))
         convert_folder(source, out)
-
-
-def stored(out: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in out.glob("*.i4.safetensors") for name, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("scheme", [Scheme(8), Scheme(16, symmetric=False), Scheme(-1)], ids=str)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import convert_folder, random, write_checkpoint
+from checkpoints import convert_folder, random, stored, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,10 +47,6 @@ def add_config(folder: Path, quantization: dict[str, object]) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
 
 
-def tensors(out: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in out.glob("*.i4.safetensors") for name, tensor in load_file(path).items()}
-
-
 @pytest.mark.parametrize("chunk_bytes", [None, 1])
 @pytest.mark.parametrize("shards", [1, 3, 7])  # with 7 the scales are in files of their own
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -62,7 +58,7 @@ def test_fp8_converts_as_what_it_means(
     fp8, bf16 = checkpoints(tmp_path, shards)
     found = convert_folder(fp8, tmp_path / "out", Scheme(8, symmetric))
     expected = convert_folder(bf16, tmp_path / "expected", Scheme(8, symmetric))
-    mine, theirs = tensors(tmp_path / "out"), tensors(tmp_path / "expected")
+    mine, theirs = stored(tmp_path / "out"), stored(tmp_path / "expected")
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     rows = {row.name: (row.dtype, row.quantized, row.error, row.sha256) for row in found.tensors}
@@ -74,9 +70,9 @@ def test_fp8_converts_as_what_it_means(
 
 def test_an_empty_matrix_is_kept(tmp_path: Path) -> None:
     fp8, _ = checkpoints(tmp_path, 1)
-    stored = load_file(fp8 / "model.safetensors")
-    stored |= {"e.weight": torch.zeros(0, 8).to(torch.float8_e4m3fn), "e.weight_scale_inv": torch.zeros(0, 1)}
-    save_file(stored, fp8 / "model.safetensors")
+    tensors = load_file(fp8 / "model.safetensors")
+    tensors |= {"e.weight": torch.zeros(0, 8).to(torch.float8_e4m3fn), "e.weight_scale_inv": torch.zeros(0, 1)}
+    save_file(tensors, fp8 / "model.safetensors")
     rows = {row.name: row for row in convert_folder(fp8, tmp_path / "out").tensors}
     assert (rows["e.weight"].dtype, rows["e.weight"].shape, rows["e.weight"].quantized) == ("BF16", (0, 8), False)
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import contents, write_checkpoint
-from safetensors.torch import load_file
+from checkpoints import contents, stored, write_checkpoint
 from torch import Tensor
 
 from converter.convert import convert
@@ -37,11 +36,6 @@ def recipe_of(kind: str) -> Recipe:
     return Recipe("int4-convert golden", "absmax", scheme.group_size, scheme.symmetric, (), ())
 
 
-def by_safetensors(kind: str) -> dict[str, Tensor]:
-    """Every tensor of a golden checkpoint, by the safetensors library."""
-    return {name: tensor for path in (DATA / kind).glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_source_gives_the_bytes_of_then(kind: str, tmp_path: Path) -> None:
     source = open_source(str(write_checkpoint(tmp_path / "source", weights())))
@@ -55,9 +49,7 @@ def test_checkpoints_of_then_are_still_read(kind: str) -> None:
     checkpoint.verify()
     assert checkpoint.manifest.format_version == FORMAT_VERSION == 1
     found = {name: tensor for name, _, tensor in checkpoint.stream()}
-    expected = {
-        name: tensor for path in (DATA / kind).glob("*.safetensors") for name, tensor in load_file(path).items()
-    }
+    expected = stored(DATA / kind)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -65,7 +57,7 @@ def test_checkpoints_of_then_are_still_read(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_by_the_specification_alone_finds_the_weights(kind: str) -> None:
     """SPEC.md in plain Python, number by number, without anything of ours."""
-    tensors = by_safetensors(kind)
+    tensors = stored(DATA / kind)
     size = json.loads((DATA / kind / "config.json").read_text())["quantization_config"]["group_size"]
     for name, weight in weights().items():
         if "_proj" not in name:
