@@ -68,7 +68,7 @@ def _errors(manifest: Manifest) -> list[str]:
         f"{error.relative_mse:12.4e}{error.cosine:10.6f}{error.clipped:10.4%}  {name}"
         for error, name in rows
     ]
-    return ["", f"{'outputs':>12}{'relative MSE':>12}{'cosine':>10}{'clipped':>10}  tensor", *lines]
+    return ["", f"{'outputs':>11} {'relative MSE':>12}{'cosine':>10}{'clipped':>10}  tensor", *lines]
 
 
 def main() -> None:
