@@ -2,10 +2,12 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,13 @@ from formats.tensors import TORCH_DTYPES, view_of
 READING_THREADS = 8  # one alone hashes more slowly than a disk reads
 PIECE_BYTES = 16 << 20  # of a tensor, on its way to a GPU
 AHEAD_BYTES = 1 << 31  # of tensors that are read before they are asked for
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint that is open: its type and shape, and what reads it."""
+
+    spec: TensorSpec
+    read: Callable[[], Tensor]
 
 
 class Checkpoint:
@@ -49,19 +58,30 @@ class Checkpoint:
     ) -> Iterator[tuple[str, TensorSpec, Tensor]]:
         """Yield every stored tensor, the largest first, on `device` (or the CPU); with `verify` its SHA-256 is checked.
 
-        Several are read and hashed at once. Raises `CheckpointError` on a header that differs from the manifest, a
-        wrong digest, a bad scale or a file that changes meanwhile.
+        Several are read and hashed at once. Raises `CheckpointError` as `opened` does.
         """
         reads: deque[tuple[str, TensorSpec, Future[Tensor]]] = deque()
-        with ExitStack() as stack, ThreadPoolExecutor(READING_THREADS) as pool:
-            entries = [(container, name) for container in self._containers(stack) for name in container.tensors]
-            for container, name in sorted(entries, key=lambda entry: -entry[0].tensors[entry[1]].spec.nbytes):
-                spec = container.tensors[name].spec
-                reads.append((name, spec, pool.submit(self._read, container, name, verify, device)))
+        with self.opened(verify, device) as stored, ThreadPoolExecutor(READING_THREADS) as pool:
+            for name, (spec, read) in sorted(stored.items(), key=lambda item: -item[1].spec.nbytes):
+                reads.append((name, spec, pool.submit(read)))
                 while sum(spec.nbytes for _, spec, _ in reads) > AHEAD_BYTES:
                     yield _first(reads)
             while reads:
                 yield _first(reads)
+
+    @contextmanager
+    def opened(self, verify: bool = True, device: torch.device | None = None) -> Iterator[dict[str, StoredTensor]]:
+        """Every stored tensor by its name, to be read onto `device` (or the CPU), by any thread, as long as this lasts.
+
+        Raises `CheckpointError` on a header that differs from the manifest; reading does with `verify` on a wrong
+        SHA-256, and on a bad scale; the end on a file that has changed meanwhile.
+        """
+        with ExitStack() as stack:
+            yield {
+                name: StoredTensor(entry.spec, partial(self._read, container, name, verify, device))
+                for container in self._containers(stack)
+                for name, entry in container.tensors.items()
+            }
 
     def verify(self) -> None:
         """Check every byte of every listed file; raises `CheckpointError` at the first that is wrong."""
