@@ -24,8 +24,8 @@ def flag() -> Any:
 def to_json(record: Any) -> Any:
     """The JSON form of a record: dataclasses become objects, tuples become arrays."""
     if hasattr(record, "__dataclass_fields__"):
-        held = {field: getattr(record, field.name) for field in fields(record)}
-        return {field.name: to_json(value) for field, value in held.items() if value or not _is_flag(field)}
+        held = [(field, getattr(record, field.name)) for field in fields(record)]
+        return {field.name: to_json(value) for field, value in held if value or not _is_flag(field)}
     if isinstance(record, tuple):
         return [to_json(item) for item in record]
     return record
