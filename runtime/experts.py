@@ -87,7 +87,7 @@ def hold_stack(experts: nn.Module, name: str, stack: Stack, stored: dict[str, Te
         kind: Any = type(experts)
         experts.__class__ = int4_class(kind)
     experts.__dict__.setdefault("int4_stacks", {})[name] = stack
-    del experts._parameters[name]
+    experts._parameters.pop(name, None)
     for leaf in (name + suffix for suffix in SUFFIXES):
         experts.register_parameter(leaf, None)
         if spec := stored.get(leaf):

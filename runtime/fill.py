@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from formats.checkpoint import Checkpoint
 from formats.devices import parse_device
 from formats.errors import CheckpointError, some
-from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme
+from formats.layout import scale_dtype_for
 from formats.manifest import TensorRecord
-from formats.selection import WEIGHT
 from formats.tensors import TORCH_DTYPES, spec_of
-from runtime.linear import Int4Linear
+from runtime.linear import SUFFIXES, Int4Linear
 from runtime.siblings import join as join_siblings
+from runtime.swap import shape_in, swap
 
 
 def load_into(
@@ -40,7 +40,7 @@ def load_into(
     tied = _tied_names(held)
     for row in rows:
         if row.quantized:
-            _check_linear(module, row, scheme, where)
+            _check_place(module, row, where)
             _untie(tied, row.name)
             for name in row.stored(scheme):
                 tied[name] = {name}
@@ -48,30 +48,34 @@ def load_into(
     _compare(used, tied, where)
     _refuse_meta_tables(module, tied, where)
     _check_kept(held, rows, used, tied, where)
-    layers = [_swap(module, row, scheme, activations) for row in rows if row.quantized]
+    for row in rows:
+        if row.quantized:
+            swap(module, row.name, row.matrix.shape, scheme, transposed=row.transposed, dtype=TORCH_DTYPES[row.dtype],
+                 scale_dtype=scale_dtype_for(row.dtype), activations=activations)  # fmt: skip
     for name, _, tensor in checkpoint.stream(verify, place):
         # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
         _assign(module, tied[name] - (used - {name}), tensor, place, dtype)
     module.to(place)
-    for layer in layers:
-        layer.arrange()
+    for layer in module.modules():
+        if isinstance(layer, Int4Linear):
+            layer.arrange()
     if join is not False:
         join_siblings(module, gpu_only=join is None)
     return module
 
 
-def _check_linear(module: nn.Module, row: TensorRecord, scheme: Scheme, where: Path) -> None:
-    """The module must have a linear layer of the row's shape in its place, or an int4 one from an earlier load."""
-    path = row.name.removesuffix(WEIGHT)
+def _check_place(module: nn.Module, row: TensorRecord, where: Path) -> None:
+    """The module must have a linear layer or experts of the row's shape in its place, int4 or not."""
+    path, _, leaf = row.name.rpartition(".")
     try:
-        found = module.get_submodule(path)
+        owner = module.get_submodule(path)
     except AttributeError:
         model = type(module).__name__
         raise CheckpointError(f"{where}: holds {path!r}, which {model} lacks; is it the same model?") from None
-    sizes = [getattr(found, name, 0) for name in ("out_features", "in_features")]
-    if not isinstance(found, nn.Linear | Int4Linear) or sizes != list(row.shape):
-        kind = f"{type(found).__name__} {sizes}"
-        raise CheckpointError(f"{where}: {path!r} is an int4 matrix {list(row.shape)}, the model has a {kind} there")
+    found = shape_in(owner, leaf, transposed=row.transposed)
+    if found != row.matrix.shape:
+        kind = f"{type(owner).__name__} {list(found or ())}"
+        raise CheckpointError(f"{where}: {path!r} is int4 {list(row.matrix.shape)}, the model has a {kind} there")
 
 
 def _check_kept(
@@ -85,17 +89,6 @@ def _check_kept(
                 raise CheckpointError(f"{where}: {name!r} is {row.spec}, the model expects {spec_of(old)}")
 
 
-def _swap(module: nn.Module, row: TensorRecord, scheme: Scheme, activations: str | None) -> Int4Linear:
-    path = row.name.removesuffix(WEIGHT)
-    old: Any = module.get_submodule(path)
-    rows, columns = row.shape
-    dtype = TORCH_DTYPES[row.dtype]
-    new = Int4Linear(columns, rows, scheme, bias=False, dtype=dtype, device="meta", activations=activations)
-    new.bias = old.bias
-    module.set_submodule(path, new.train(old.training))
-    return new
-
-
 def _tied_names(held: Mapping[str, Tensor]) -> dict[str, set[str]]:
     """Each name of the state dict `held` → all names of that same tensor."""
     same: dict[int, set[str]] = {}
@@ -106,7 +99,7 @@ def _tied_names(held: Mapping[str, Tensor]) -> dict[str, set[str]]:
 
 def _untie(tied: dict[str, set[str]], weight: str) -> None:
     """Take `weight`, or the int4 tensors that already stand for it, out of `tied`."""
-    for name in (weight, weight + PACKED, weight + SCALE, weight + ZERO_POINT):
+    for name in (weight, *(weight + suffix for suffix in SUFFIXES)):
         tied.pop(name, set()).discard(name)
 
 
@@ -136,8 +129,8 @@ def _assign(
         owner = module.get_submodule(path)
         place: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         if value is None:
-            fixed = isinstance(owner, Int4Linear) and place is owner._buffers
-            kind = tensor.dtype if fixed or not tensor.is_floating_point() else dtype or place[leaf].dtype
+            fixed = name.endswith(SUFFIXES) or not tensor.is_floating_point()
+            kind = tensor.dtype if fixed else dtype or place[leaf].dtype
             value = tensor.to(device, kind)
             if place is owner._parameters:
                 value = nn.Parameter(value, requires_grad=False)

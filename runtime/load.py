@@ -16,6 +16,7 @@ from formats.hub import download
 from formats.manifest import Manifest
 from formats.skeleton import BUILDING, architecture_of, cannot_build, read_generation_config, with_plain_attention
 from formats.tensors import TORCH_DTYPES
+from runtime.siblings import join as join_siblings
 
 
 def load(
@@ -49,7 +50,7 @@ def load(
             **config.quantization_config,
             "stored": {name: tensor.spec for name, tensor in stored.items()},
             "activations": activations,
-            "join": join,
+            "join": False,  # below, once they have their place
         }
         read = partial(
             architecture.from_pretrained,
@@ -69,7 +70,9 @@ def load(
         except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
             raise next(iter(errors), cannot_build(folder, error)) from None
     _refuse_misfit(folder, info)
-    placed: nn.Module = model.to(place)
+    placed: nn.Module = model if by_map else model.to(place)
+    if join is not False:
+        join_siblings(placed, gpu_only=join is None)
     return placed
 
 

@@ -22,6 +22,14 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2}
+MOE = {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 48,
+       "num_experts_per_tok": 2}  # fmt: skip
+GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+DEEPSEEK = {
+    **SIZES, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fields, matrices that become int4
     "Llama": ("LlamaConfig", GROUPED, 14),
     "Llama, tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}, 14),
@@ -32,14 +40,17 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fie
     "Gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16}, 14),
     "Phi": ("PhiConfig", {**SIZES, "intermediate_size": 96}, 12),
     "OPT": ("OPTConfig", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 64}, 12),
-    "GPT-OSS, fused experts kept": ("GptOssConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 4}, 8),
-    "Llama4, fused experts kept": (
-        "Llama4TextConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96}, 14),
+    "GPT-OSS, fused experts, interleaved": ("GptOssConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 4}, 12),
+    "Llama4, fused experts": (
+        "Llama4TextConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96}, 18),
+    "GPT-2, matrices stored [in, out]": ("GPT2Config", GPT2, 8),
+    "GPT-NeoX, a head of another name": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 96}, 8),
+    "Mixtral, experts one by one": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}, 8 + 2 * 4 * 3),
+    "Qwen3-MoE, experts one by one": ("Qwen3MoeConfig", MOE, 8 + 2 * 4 * 3),
+    "DeepSeek-V3, a shared expert": ("DeepseekV3Config", DEEPSEEK, 2 * 5 + 3 + 4 * 3 + 3),
 }  # fmt: skip
-EXPERTS_KEPT = ("*.experts.*_proj",)
-MOE = {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 48}
 TRANSPOSED: dict[str, tuple[str, dict[str, Any], str]] = {  # configuration, its fields, why what is turned becomes int4
-    "GPT-2": ("GPT2Config", {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}, "Conv1D, stored [in, out]"),
+    "GPT-2": ("GPT2Config", GPT2, "Conv1D, stored [in, out]"),
     "GPT-OSS": ("GptOssConfig", MOE, "fused experts, stored [in, out]"),
     "GPT-OSS of one size": (
         "GptOssConfig", {**MOE, "intermediate_size": 64}, "fused experts, stored [in, out]"),
@@ -62,12 +73,16 @@ def logits(model: Any) -> Tensor:
 
 
 def dequantized(model: Any, manifest: Manifest, scale_dtype: torch.dtype = torch.bfloat16) -> Any:
-    """`model` with the values that the codec gives its quantised matrices."""
-    for row in manifest.tensors:
-        if row.quantized:
-            weight = model.get_parameter(row.name)
-            quantized = codec.quantize(weight.detach(), SCHEME, scale_dtype)
-            weight.data = codec.dequantize(quantized, weight.shape[1], SCHEME, weight.dtype)
+    """`model` with the values that the codec gives its quantised matrices, also where it fuses experts."""
+    rows = {row.name: row for row in manifest.tensors if row.quantized}
+    fuses = not rows.keys() <= dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        if name in rows or (fuses and parameter.dim() == 3):
+            transposed = name in rows and rows[name].transposed
+            weight = parameter.detach().mT if transposed else parameter.detach()
+            quantized = codec.quantize(weight, SCHEME, scale_dtype)
+            found = codec.dequantize(quantized, weight.shape[-1], SCHEME, weight.dtype)
+            parameter.data = found.mT.contiguous() if transposed else found
     return model
 
 
@@ -76,8 +91,7 @@ def test_logits_are_those_of_the_dequantised_weights(name: str, tmp_path: Path) 
     config, fields, count = MODELS[name]
     model = random_model(config, fields)
     model.save_pretrained(tmp_path / "source")
-    exclude = EXPERTS_KEPT if name.endswith("experts kept") else ()
-    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME, exclude=exclude)
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
     assert manifest.sizes.quantized == count
     loaded = runtime.load(tmp_path / "out", device="cpu")
     plain = logits(model)

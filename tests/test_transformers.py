@@ -1,6 +1,9 @@
 """The quantisation method `i4` of transformers: its own `from_pretrained`, on small random models."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,46 @@ def test_gradients_pass_through_experts(tmp_path: Path) -> None:
     model = load(folder)
     model(IDS).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
+TENSOR_PARALLEL = """
+import os, sys, torch, runtime, transformers
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], variant="i4", tp_plan="auto")
+layer = model.model.layers[0].self_attn.q_proj
+with torch.no_grad():
+    logits = model(torch.arange(20)[None]).logits
+torch.save((logits, type(layer).__name__, list(layer.weight_packed.shape)), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+"""
+
+
+def two_processes(folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "program.py").write_text(TENSOR_PARALLEL)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [*run, str(folder / "program.py"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize(("config", "fields"), [("LlamaConfig", WHOLE), ("MixtralConfig", MIXTRAL)])
+def test_two_processes_hold_half_of_each_layer(config: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    folder = converted(tmp_path, config, **fields)
+    expected = logits(load(folder))
+    done = two_processes(folder)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        found, kind, shape = torch.load(folder / f"{rank}.pt")
+        assert (kind, shape) == ("Int4Linear", [32, 8])
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_processes_that_would_share_a_group_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    done = two_processes(converted(tmp_path, **{**WHOLE, "intermediate_size": 96}))
+    assert done.returncode != 0
+    assert "'model.layers.0.mlp.down_proj.weight': has 96 columns in groups of 32, a process would hold" in done.stderr
 
 
 def drop(folder: Path, *names: str) -> None:

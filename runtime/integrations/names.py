@@ -29,13 +29,13 @@ class Targets:
         """The parameters that `name` goes into, there or not."""
         return self._find(name)[0]
 
-    def of_quantized(self, name: str) -> list[str]:
-        """Those of an int4 matrix.
+    def of_quantized(self, name: str, packed: TensorSpec) -> list[str]:
+        """Those of an int4 tensor, a matrix or a stack of them in `packed`.
 
         Raises `CheckpointError` where the model has none, or transformers would change the weight on its way.
         """
         targets, converter = self._find(name)
-        if converter is not None and not keeps_rows(converter):
+        if converter is not None and not keeps_rows(converter) and not (turns(converter) and len(packed.shape) == 3):
             operations = ", ".join(type(operation).__name__ for operation in converter.operations)
             raise CheckpointError(
                 f"tensor {name!r} is int4, and transformers changes it on the way ({operations}), which packed codes do"
@@ -63,6 +63,14 @@ class Targets:
 def keeps_rows(converter: Any) -> bool:
     """Whether the operations of `converter` do to packed words and scales what they do to the weight."""
     return all(type(operation).__name__ in ROW_OPERATIONS for operation in converter.operations)
+
+
+def turns(converter: Any) -> bool:
+    """Whether `converter` but exchanges the dimensions of the matrices in a stack, which the format has done."""
+    return all(
+        type(operation).__name__ == "Transpose" and {operation.dim0, operation.dim1} == {1, 2}
+        for operation in converter.operations
+    )
 
 
 def stored_tensors(files: Sequence[str] | None) -> dict[str, TensorSpec]:

@@ -17,11 +17,12 @@ from formats.codec import check_scale
 from formats.errors import CheckpointError, some
 from formats.layout import CODES_PER_WORD, PACKED, ROW_WISE, SCALE, Scheme, TensorSpec, ceil_div
 from formats.manifest import FORMAT_VERSION
-from formats.tensors import TORCH_DTYPES, spec_of
-from runtime.experts import Int4Experts, Stack, hold_stack, release_stack
-from runtime.integrations.names import Targets, keeps_rows, stored_tensors
+from formats.tensors import spec_of
+from runtime.experts import Int4Experts, release_stack
+from runtime.integrations.names import Targets, keeps_rows, stored_tensors, turns
 from runtime.linear import SUFFIXES, Int4Linear
 from runtime.siblings import join
+from runtime.swap import shape_in, swap
 
 METHOD = "i4"
 INITIALIZED = "_is_hf_initialized"  # what transformers marks tensors and modules with that have their values
@@ -94,7 +95,7 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError(f"holds packed words without scales: {some(lonely)}; fetch the checkpoint again")
         taken: dict[str, str] = {}
         for name in sorted(names):
-            taken |= dict.fromkeys(targets.of_quantized(name), name)
+            taken |= dict.fromkeys(targets.of_quantized(name, stored[name + PACKED]), name)
         for name in stored:
             if not name.endswith(SUFFIXES) and (both := [target for target in targets.of(name) if target in taken]):
                 raise CheckpointError(
@@ -109,34 +110,23 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _hold(self, model: Any, target: str, name: str, packed: TensorSpec, scale: TensorSpec) -> None:
         """Make the module of the parameter `target` one that holds it as int4; `name` is in the checkpoint."""
-        scheme, (path, _, leaf) = self.quantization_config.scheme, target.rpartition(".")
+        path, _, leaf = target.rpartition(".")
         owner = model.get_submodule(path)
-        held = owner._parameters.get(leaf)
-        from transformers.pytorch_utils import Conv1D
-
-        if isinstance(owner, nn.Linear | Conv1D) and leaf == "weight":
-            rows, columns = held.shape[::-1] if isinstance(owner, Conv1D) else held.shape
-            layer = Int4Linear(
-                columns, rows, scheme,
-                bias=False, dtype=held.dtype, device="meta", activations=self.quantization_config.activations,
-            )  # fmt: skip
-            layer.weight_scale = layer.weight_scale.to(TORCH_DTYPES[scale.dtype])
-            bias: Any = owner.bias
-            layer.bias = bias
-            _as_parameters(layer)
-            model.set_submodule(path, layer)
-            self._swapped[path] = owner
-        elif held is not None and held.dim() == 3:
-            transposed = _is_transposed(target, owner, held, packed)
-            experts, rows, columns = held.transpose(1, 2).shape if transposed else held.shape
-            stored = scheme.stored(leaf, (experts, rows, columns), scale.dtype)
-            hold_stack(owner, leaf, Stack(scheme, columns, transposed, held.dtype), stored)
-            setattr(owner, INITIALIZED, True)  # else transformers would draw weights, and throw them away
-        else:
+        transposed = _is_transposed(target, owner, owner._parameters.get(leaf), packed)
+        shape = shape_in(owner, leaf, transposed=transposed)
+        if shape is None:
             raise CheckpointError(
                 f"tensor {name!r} is int4, {type(model).__name__} has a {type(owner).__name__} there; expected a "
                 "linear layer or fused experts: is it the same model?"
             )
+        chosen = self.quantization_config
+        swap(model, target, shape, chosen.scheme, transposed=transposed, dtype=owner._parameters[leaf].dtype,
+             scale_dtype=scale.dtype, activations=chosen.activations)  # fmt: skip
+        if len(shape) == 2:
+            self._swapped[path] = owner
+            _as_parameters(model.get_submodule(path))
+        else:
+            setattr(owner, INITIALIZED, True)  # else transformers would draw weights, and throw them away
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         _refuse_random(model)
@@ -157,13 +147,11 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
             join(model, gpu_only=chosen.join is None)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        from transformers.pytorch_utils import Conv1D
-
         for path, layer in list(model.named_modules()):
             if isinstance(layer, Int4Linear):
                 plain: Any = self._swapped[path]
                 weight = layer.dequantize(dtype or layer.weight_dtype)
-                weight = weight.T.contiguous() if isinstance(plain, Conv1D) else weight
+                weight = weight.T.contiguous() if type(plain).__name__ == "Conv1D" else weight
                 plain.weight = nn.Parameter(weight, requires_grad=False)
                 plain.bias = layer.bias
                 model.set_submodule(path, plain.train(layer.training))
@@ -174,18 +162,20 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """The model's own conversions, and a copy of each for the packed words, the scales and the zero points."""
-        from transformers.core_model_loading import WeightConverter
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-        copies = []
+        copies: list[Any] = []
         for conversion in weight_conversions:
-            if isinstance(conversion, WeightConverter) and keeps_rows(conversion):
-                sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+            if isinstance(conversion, WeightConverter) and (keeps_rows(conversion) or turns(conversion)):
                 for suffix in SUFFIXES:
-                    copy = WeightConverter(
-                        [source + suffix for source in sources],
-                        [target + suffix for target in targets],
-                        operations=list(conversion.operations),
+                    sources, targets = (
+                        [pattern + suffix for pattern in patterns]
+                        for patterns in (conversion._original_source_patterns, conversion._original_target_patterns)
                     )
+                    if turns(conversion):  # what is stored has been turned already
+                        copy = WeightRenaming(sources, targets)
+                    else:
+                        copy = WeightConverter(sources, targets, operations=list(conversion.operations))
                     copy.scope_prefix = conversion.scope_prefix
                     copy.base_model_prefix = conversion.base_model_prefix
                     copies.append(copy)
@@ -212,22 +202,22 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def _is_transposed(target: str, owner: nn.Module, held: Tensor, packed: TensorSpec) -> bool:
-    """Whether the model means the stack `held` as [E, K, N], where `packed` is [E, N, words], or a matrix of it."""
-    rows, words = packed.shape[-2:]
-    fits = [
-        rows == held.shape[1] and words == ceil_div(held.shape[2], CODES_PER_WORD),
-        rows == held.shape[2] and words == ceil_div(held.shape[1], CODES_PER_WORD),
-    ]
-    if len(packed.shape) == 2 or fits == [True, False]:
+def _is_transposed(target: str, owner: nn.Module, held: Tensor | None, packed: TensorSpec) -> bool:
+    """Whether the model means its parameter `target` as [K, N] or [E, K, N], where `packed` has rows of N."""
+    if held is None or held.dim() == 2:
+        return type(owner).__name__ == "Conv1D"
+    if len(packed.shape) == 2:  # stored one by one, as transformers stacks them
         return False
-    if fits == [False, True]:
-        return True
+    fits = [packed.shape[1:] == (rows, ceil_div(columns, CODES_PER_WORD))
+            for rows, columns in (held.shape[1:], held.shape[:0:-1])]  # fmt: skip
     if not any(fits):
         raise CheckpointError(f"{target!r} is int4 words {list(packed.shape)}, the model expects {list(held.shape)}")
-    if not hasattr(owner, "is_transposed"):
-        raise CheckpointError(f"{target!r}: whether {list(held.shape)} is meant transposed cannot be told; exclude it")
-    return bool(owner.is_transposed)
+    if all(fits) and not hasattr(owner, "is_transposed"):
+        raise CheckpointError(
+            f"{target!r}: whether the model means {list(held.shape)} transposed cannot be told; convert it again with "
+            f"--exclude {target!r}"
+        )
+    return bool(owner.is_transposed) if all(fits) else fits[1]
 
 
 def _refuse_random(model: Any) -> None:
