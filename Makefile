@@ -26,7 +26,7 @@ docs: $(READY)
 
 dist: $(READY)
 	rm -rf dist *.egg-info
-	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build --quiet --no-isolation
 	$(BIN)/python tests/check_dist.py dist
 
 $(READY): pyproject.toml constraints.txt
