@@ -17,7 +17,7 @@ from formats.container import Container
 from formats.errors import CheckpointError
 from formats.files import hash_file, link_roots
 from formats.layout import SCALE, TensorSpec
-from formats.manifest import SHARD_METADATA, FileRecord, Manifest, read_manifest
+from formats.manifest import CARD_NAME, SHARD_METADATA, FileRecord, Manifest, read_manifest
 from formats.tensors import TORCH_DTYPES, view_of
 
 READING_THREADS = 8  # one alone hashes more slowly than a disk reads
@@ -83,14 +83,19 @@ class Checkpoint:
                 for name, entry in container.tensors.items()
             }
 
-    def verify(self) -> None:
-        """Check every byte of every listed file; raises `CheckpointError` at the first that is wrong."""
+    def verify(self) -> int:
+        """Check every byte of every listed file but the card, and return how many these are.
+
+        Raises `CheckpointError` at the first that is wrong.
+        """
         for _ in self.stream():
             pass
+        names = [name for name in self.files if name != CARD_NAME]
         with ThreadPoolExecutor(READING_THREADS) as pool:
-            found = pool.map(lambda name: hash_file(self.folder / name, self._roots)[1], self.files)
-            for name, digest in zip(self.files, found, strict=True):
+            found = pool.map(lambda name: hash_file(self.folder / name, self._roots)[1], names)
+            for name, digest in zip(names, found, strict=True):
                 self._check_digest(name, digest)
+        return len(names)
 
     def _containers(self, stack: ExitStack) -> Iterator[Container]:
         """Every shard, opened until `stack` ends, which sees that none has changed meanwhile."""
