@@ -17,7 +17,7 @@ from converter.shards import convert_shards
 from converter.source import Source
 from formats import __version__
 from formats.layout import Scheme
-from formats.manifest import CalibrationRecord, Manifest, Recipe
+from formats.manifest import CalibrationRecord, FileRecord, Manifest, Recipe
 from formats.records import to_json
 from formats.strict_json import canonical
 
@@ -46,6 +46,7 @@ def convert(
     ranks: Ranks = Ranks(),  # noqa: B008 - a frozen value
     progress: Callable[[int], object] = lambda nbytes: None,
     calibrated: Callable[[LayerReport], object] = lambda report: None,
+    written: Callable[[FileRecord], object] = lambda file: None,
 ) -> Manifest:
     """Carry out `plan` and return what was written; `progress` is called with the source bytes of each chunk done.
 
@@ -54,7 +55,8 @@ def convert(
     `ranks` begins and finishes.
 
     A calibrated recipe comes with the `windows` [W, T] of tokens that it names; `calibrated` is called for each layer,
-    and an interrupted calibration goes on where it stopped. Raises `CheckpointError`, `OutputError` or
+    and an interrupted calibration goes on where it stopped. `written` is called with each shard that is whole, in any
+    thread. Raises `CheckpointError`, `OutputError` or
     `TemporaryError`; then `out_dir` holds no manifest.
     """
     out = OutputDir(out_dir, source, plan, overwrite=overwrite)
@@ -67,7 +69,9 @@ def convert(
         remaining = ranks.share(out.remaining)
         done = ranks.share([shard for shard in plan.shards if shard not in out.remaining])
         progress(sum(tensor.spec.nbytes for shard in done for tensor in shard.tensors))
-        convert_shards(source, out, remaining, devices, prepared, progress)
+        for shard in done:
+            written(out.kept[shard.output].file)
+        convert_shards(source, out, remaining, devices, prepared, progress, written)
         ranks.led(lambda: None)  # all have done their part
         manifest = ranks.led(out.finish)
         prepared.clear()

@@ -15,12 +15,19 @@ import torch
 from checkpoints import EXAMPLE, contents, random, write_checkpoint
 
 import converter.cli
+import converter.push_cli
 import formats.cli
 import runtime.cli
+from converter.card import make_card
 from formats.errors import TemporaryError, UsageError
 from formats.manifest import MANIFEST_NAME, read_manifest
 
-MAINS = {"int4-convert": converter.cli.main, "int4-inspect": formats.cli.main, "int4-eval": runtime.cli.main}
+MAINS = {
+    "int4-convert": converter.cli.main,
+    "int4-push": converter.push_cli.main,
+    "int4-inspect": formats.cli.main,
+    "int4-eval": runtime.cli.main,
+}
 
 
 class Result:
@@ -160,6 +167,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_folder_that_is_no_checkpoint_is_not_published(call: Call, source: Path) -> None:
+    result = call("int4-push", source, "owner/name")
+    assert (result.code, result.out) == (3, "")
+    assert f"{source}: holds no manifest.json" in result.err
+
+
 def test_inspect_describes_the_checkpoint(call: Call, converted: Path) -> None:
     result = call("int4-inspect", converted, "--verify")
     assert result.code == 0
@@ -274,6 +287,7 @@ def test_eval_prints_a_table_and_writes_json(call: Call, converted: Path, tmp_pa
     assert 0 < fields["kld"]["mean"] < 0.3
     assert 0.7 < fields["same_top1"] < 1
     assert fields["weight_bytes"] < fields["reference"]["weight_bytes"]
+    assert f"| perplexity | {fields['perplexity']:.3f} ±" in make_card("me/x", read_manifest(converted), "", fields)
 
 
 @pytest.mark.parametrize("texts", [[], ["--text", EXAMPLE / "config.json", "--dataset", "wikitext2"]])

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -15,8 +15,8 @@ from threading import Event
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from huggingface_hub import close_session, constants
-from local_hub import DROP, LocalHub, Request
+from huggingface_hub import constants
+from local_hub import DROP, REPO, TOKEN, LocalHub, Request
 from safetensors.torch import save_file
 
 from converter.cli import command
@@ -28,47 +28,11 @@ from formats.hub import download
 from formats.manifest import MANIFEST_NAME, read_manifest
 from runtime.load import resolve
 
-REPO = "owner/name"
-TOKEN = "hf_aSecretThatNobodyMaySee"
 NO_COMMIT = "0" * 40
 RESOLVE = "*/resolve/*"
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def local_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """Point huggingface_hub, which reads its environment once at import, at a URL; its cache is empty."""
-    settings = {
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "token"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_TELEMETRY": True,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-    }
-    for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
-    for name, value in {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-
-    def point_at(url: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-    close_session()
-    yield point_at
-    close_session()
-
-
-@pytest.fixture
-def hub(local_client: Callable[[str], None]) -> Iterator[LocalHub]:
-    with LocalHub(REPO) as hub:
-        local_client(hub.url)
-        yield hub
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> dict[str, bytes]:

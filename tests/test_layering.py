@@ -82,6 +82,7 @@ def test_imports_of_formats_point_down_only(module: str) -> None:
     [
         ("runtime", ["converter", "huggingface_hub", "transformers", "triton.language"]),
         ("converter.cli", ["runtime", "huggingface_hub", "transformers"]),
+        ("converter.push_cli", ["runtime", "huggingface_hub", "transformers"]),
         ("formats.cli", ["converter", "runtime", "huggingface_hub", "transformers"]),
     ],
 )
