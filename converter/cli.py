@@ -26,7 +26,7 @@ from formats import __version__
 from formats.command import echo, run
 from formats.devices import keep_freed_memory, parse_devices, peak_memory
 from formats.errors import Int4Error, UsageError, some
-from formats.layout import Scheme
+from formats.layout import MAX_SIZE, Scheme
 from formats.manifest import CalibrationRecord, FileRecord, Manifest
 from formats.sizes import Sizes
 from formats.texts import calibration_text, drawn_windows, tokenize
@@ -44,7 +44,7 @@ NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 @click.option("--calibration", metavar="TEXT", help="A UTF-8 file, or wikitext2, to run the model on: gptq needs it.")
 @click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, help="Tokens of it, at most.")
 @click.option("--seq-len", default=512, help="Tokens in a window of the calibration.")
-@click.option("--seed", default=0, help="Of the draw of windows.")
+@click.option("--seed", type=click.IntRange(0, MAX_SIZE), default=0, help="Of the draw of windows.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantise these too, such as lm_head (repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these as they are (repeatable).")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.  [default: its main branch]")
@@ -213,4 +213,4 @@ def _print_plan(plan: Plan, source: Source, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of `int4-convert`."""
-    run(command)
+    run(command, once_stopped="; the same command goes on behind the files that are finished")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from formats import __version__
 from formats.command import echo, run
-from formats.devices import parse_device
+from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
 from formats.layout import ceil_div
@@ -86,7 +86,7 @@ def command(
     tokens = tokenize(folder, corpus)
     windows = windows_of(tokens, seq_len, max_windows)
     _check_limits(model, windows, folder)
-    with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar:
+    with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar, room_for(checkpoint):
         result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
     protocol = {
         "checkpoint": manifest.digest,
@@ -132,7 +132,8 @@ def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | N
         model = with_plain_attention(load_model)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{reference}: transformers cannot load it ({first_line(error)})") from None
-    placed: nn.Module = model.to(device).eval()
+    with room_for(reference):
+        placed: nn.Module = model.to(device).eval()
     return placed
 
 
