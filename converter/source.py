@@ -20,7 +20,7 @@ from formats.files import link_roots, open_regular, read_small, safe_name
 from formats.hub import download, list_files
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
-from formats.tensors import tensor_from
+from formats.tensors import read_tensor
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -86,7 +86,7 @@ class Source:
     def read(self, name: str) -> Tensor:
         """A tensor as the model has it."""
         with self.open(self.shard_of[name]) as container:
-            tensor = tensor_from(container.read(name), container.tensors[name].spec)
+            tensor = read_tensor(container, name)
         return self.fp8[name].decode(tensor, 0, self.read_scales(name)) if name in self.fp8 else tensor
 
     def matrices(self, name: str) -> Iterator[Tensor]:
@@ -106,7 +106,7 @@ class Source:
         """The scales of a tensor in FP8."""
         stored = self.fp8[name]
         with self.open(stored.shard) as container:
-            return tensor_from(container.read(stored.scale), container.tensors[stored.scale].spec)
+            return read_tensor(container, stored.scale)
 
     @cached_property
     def shard_of(self) -> dict[str, str]:
