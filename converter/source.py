@@ -105,6 +105,8 @@ class Source:
     def read_scales(self, name: str) -> Tensor:
         """The scales of a tensor in FP8."""
         stored = self.fp8[name]
+        if stored.shard != self.shard_of[name]:
+            return self.weights.read(stored.shard, stored.scale)
         with self.open(stored.shard) as container:
             return read_tensor(container, stored.scale)
 

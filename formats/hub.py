@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import PARTIAL_CONTENT
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +65,29 @@ def list_files(repo_id: str, revision: str) -> dict[str, RemoteFile]:
         return {f.path: RemoteFile(f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in files}
 
 
-def read_beginning(repo_id: str, revision: str, name: str, size: int) -> bytes:
-    """The first `size` bytes of a file of a model's repository, by a range request; raises as `download` does."""
+def read_part(repo_id: str, revision: str, name: str, start: int, end: int) -> bytes:
+    """The bytes from `start` to `end` of a file of a model's repository, by a range request; raises as `download` does.
+
+    They are fewer where the file ends before.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 
-    headers = {**build_hf_headers(), "Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     data = bytearray()
     with (
         hub_errors(repo_id, revision),
         http_stream_backoff("GET", hf_hub_url(repo_id, name, revision=revision), headers=headers) as response,
     ):
         hf_raise_for_status(response)
+        position = start if response.status_code == PARTIAL_CONTENT else 0  # a server may send the whole file instead
         for block in response.iter_bytes():
-            data += block
-            if len(data) >= size:  # a server may send the whole file instead
+            data += block[max(0, start - position) :]
+            position += len(block)
+            if position >= end:
                 break
-    return bytes(data[:size])
+    return bytes(data[: end - start])
 
 
 def cached(repo_id: str, revision: str, name: str) -> Path | None:

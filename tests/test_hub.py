@@ -14,8 +14,8 @@ from threading import Event
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from huggingface_hub import constants
+from checkpoints import add_to_config, random, write_checkpoint
+from huggingface_hub import close_session, constants
 from local_hub import DROP, REPO, TOKEN, LocalHub, Request
 from safetensors.torch import save_file
 
@@ -258,6 +258,28 @@ def test_low_disk_never_holds_more_than_two_shards(hub: LocalHub, tmp_path: Path
     found, expected = contents(out), contents(tmp_path / "from_folder")
     del found[MANIFEST_NAME], expected[MANIFEST_NAME]
     assert found == expected  # and nothing staged is left
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_scales_in_another_file_than_their_matrix_are_no_third_file(
+    hub: LocalHub, tmp_path: Path, ranges: bool
+) -> None:
+    names = [f"layers.{i}.weight" for i in range(4)]
+    matrices = {name: random(16, 64, seed=i).to(torch.float8_e4m3fn) for i, name in enumerate(names)}
+    scales = {f"{name}_scale_inv": torch.full((2, 4), 0.5 + i) for i, name in enumerate(names)}
+    source = write_checkpoint(tmp_path / "source", matrices | dict(reversed(scales.items())), shards=8)
+    add_to_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 16]})
+    hub.push({path.name: path.read_bytes() for path in source.iterdir()})
+    hub.ranges = ranges
+    held: list[int] = []
+    out = tmp_path / "out"
+    hub.on_request = lambda request: held.append(len([*out.rglob("*-of-00008.safetensors")]))
+    convert(REPO, str(out), "--low-disk")
+    convert(str(source), str(tmp_path / "from_folder"))
+    assert max(held) in (1, 2)
+    found, expected = contents(out), contents(tmp_path / "from_folder")
+    del found[MANIFEST_NAME], expected[MANIFEST_NAME]
+    assert found == expected
 
 
 def test_low_disk_goes_on_behind_the_finished_shards(

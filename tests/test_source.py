@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import random, tiny_tensors, write_checkpoint, write_index
+from checkpoints import add_to_config, random, tiny_tensors, write_checkpoint, write_index
 from safetensors.torch import save_file
 
 from converter.source import open_source
@@ -22,11 +22,6 @@ def folder(tmp_path: Path) -> Path:
 
 def weight_map(folder: Path) -> dict[str, str]:
     return dict(json.loads((folder / INDEX).read_text())["weight_map"])
-
-
-def add_to_config(folder: Path, **fields: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def double_a_tensor(folder: Path) -> None:
