@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,12 +16,12 @@ from torch import Tensor
 from converter.fp8 import BlockScaled, block_scaled, block_size
 from converter.weights import FILES_STAGED, FolderWeights, HubWeights, Weights
 from formats.container import SUFFIX, Container
-from formats.errors import CheckpointError, TemporaryError, UsageError, some
+from formats.errors import CheckpointError, Int4Warning, TemporaryError, UsageError, some
 from formats.files import link_roots, open_regular, read_small, safe_name
 from formats.hub import download, list_files
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
-from formats.tensors import read_tensor
+from formats.tensors import read_tensor, tensor_from
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -139,14 +140,19 @@ def open_source(
     only = [CONFIG_NAME, INDEX_NAME] if headers_only else None
     folder = download(model, revision, allow=only, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES], quiet=quiet)
     commit = folder.name
+    weights: Weights
     try:
         files = list_files(model, commit)
+        weights = HubWeights(model, commit, files, staging, quiet=quiet)
+        has_parts = any(fnmatchcase(name, OTHER_PARTS) for name in files)
     except TemporaryError:
         if not all((folder / name).exists() for name in _weight_files(folder, link_roots(folder))):
             raise
-        return _read(folder, model, commit, FolderWeights(folder, link_roots(folder)))
-    source = _read(folder, model, commit, HubWeights(model, commit, files, staging, quiet=quiet))
-    if headers_only or not any(fnmatchcase(name, OTHER_PARTS) for name in files):
+        weights, has_parts = FolderWeights(folder, link_roots(folder)), True  # for all that can be known here
+        text = f"{model}: the Hub cannot be reached; the files in its cache are taken for all of {commit}"
+        warnings.warn(text, Int4Warning, stacklevel=2)
+    source = _read(folder, model, commit, weights)
+    if headers_only or not has_parts:
         return source
     download(model, commit, allow=[OTHER_PARTS], quiet=quiet)
     return replace(source, side_files=tuple(_side_files(folder, source.roots)))
@@ -189,21 +195,23 @@ def _quantization(config: dict[str, Any]) -> Any:
     return found.get("quant_method", "method unknown") if isinstance(found, dict) else found
 
 
-def _weight_map(path: Path, roots: tuple[Path, ...]) -> dict[str, str]:
-    weight_map = parse_object(read_small(path, roots), str(path)).get("weight_map")
+def _read_index(path: Path, roots: tuple[Path, ...]) -> tuple[dict[str, str], Any]:
+    """The file of each tensor, and the size of all of them as the index has it."""
+    index = parse_object(read_small(path, roots), str(path))
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: has no weight_map from tensor names to file names; fetch it again")
     for name in sorted(set(weight_map.values())):
         safe_name(name, str(path))
         if not name.endswith(SUFFIX):
             raise CheckpointError(f"{path}: names {name!r}; expected only {SUFFIX} files: nothing else is ever opened")
-    return weight_map
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _weight_files(folder: Path, roots: tuple[Path, ...]) -> list[str]:
     """The names of the weight files, by the index if there is one."""
     index = folder / INDEX_NAME
-    return sorted(set(_weight_map(index, roots).values())) if index.exists() else [SINGLE_NAME]
+    return sorted(set(_read_index(index, roots)[0].values())) if index.exists() else [SINGLE_NAME]
 
 
 def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dict[str, dict[str, TensorSpec]]:
@@ -213,7 +221,7 @@ def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dic
             raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(weights)}")
         _refuse_strays(folder, weights, {SINGLE_NAME}, SINGLE_NAME)
         return {SINGLE_NAME: weights.header(SINGLE_NAME)}
-    weight_map = _weight_map(index, roots)
+    weight_map, total_size = _read_index(index, roots)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not weights.has(name)]
     if missing:
@@ -222,6 +230,10 @@ def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dic
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         shards = dict(zip(names, pool.map(weights.header, names), strict=True))
     _compare_with_index(weight_map, shards, index)
+    found = sum(spec.nbytes for tensors in shards.values() for spec in tensors.values())
+    if total_size not in (None, found):
+        text = f"{index}: total_size is {total_size!r:.40}, its shards hold {found} bytes; the shards count"
+        warnings.warn(text, Int4Warning, stacklevel=2)
     return shards
 
 
@@ -255,7 +267,8 @@ def _refuse_quantized(folder: Path, shards: dict[str, dict[str, TensorSpec]]) ->
     for shard, tensors in shards.items():
         for name, spec in tensors.items():
             is_mlx = spec.dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in names
-            if name.endswith(QUANTIZED_SUFFIXES) or spec.dtype in QUANTIZED_DTYPES or is_mlx:
+            is_int8 = spec.dtype in ("I8", "U8") and name.endswith(".weight") and len(spec.shape) == 2
+            if name.endswith(QUANTIZED_SUFFIXES) or spec.dtype in QUANTIZED_DTYPES or is_mlx or is_int8:
                 raise CheckpointError(
                     f"{folder / shard}: tensor {name!r} ({spec}) belongs to a model that is already quantised; "
                     "expected 16- or 32-bit weights: convert the model that it was made from"

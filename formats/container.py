@@ -238,7 +238,10 @@ def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The header, length field included, of a file that holds `specs` in `file_order`."""
+    """The header, length field included, of a file that holds `specs` in `file_order`.
+
+    Raises `CheckpointError` where it is larger than any reader takes.
+    """
     fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     for name in file_order(specs):
@@ -248,6 +251,11 @@ def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
         position = end
     text = json.dumps(fields, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{len(specs)} tensors need a header of {len(text)} bytes, {MAX_HEADER_BYTES} are the most that a file may "
+            "have; save the model in more and smaller files"
+        )
     return len(text).to_bytes(8, "little") + text
 
 

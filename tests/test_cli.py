@@ -42,12 +42,13 @@ Call = Callable[..., Result]
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     def run(command: str, *arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-        previous = signal.getsignal(signal.SIGTERM)
+        previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             with pytest.raises(SystemExit) as exit_info:
                 MAINS[command]()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
         captured = capsys.readouterr()
         return Result(int(exit_info.value.code or 0), captured.out, captured.err)
 
@@ -99,6 +100,8 @@ def test_dry_run_json_has_the_plan(call: Call, source: Path, out: Path) -> None:
     [
         (["--group-size", 0], "group size 0"),
         (["--group-size", 7], "group size 7"),
+        (["--group-size", 1 << 70], f"group size {1 << 70}"),
+        (["--seed", 1 << 70], "is not in the range"),
         (["--scheme", "odd"], "'odd' is not one of"),
         (["--method", "magic"], "'magic' is not"),
         (["--include", "nothing"], "matches no tensor"),
@@ -145,18 +148,65 @@ def test_an_interrupt_ends_with_130(call: Call, source: Path, out: Path, monkeyp
 
     monkeypatch.setattr(converter.cli, "convert", interrupt)
     result = call("int4-convert", source, out)
-    assert (result.code, result.err) == (130, "\ninterrupted\n")
+    advice = "the same command goes on behind the files that are finished"
+    assert (result.code, result.err) == (130, f"\ninterrupted; {advice}\n")
+
+
+WAITING = """
+import signal, time, click
+from formats.command import run
+
+@click.command()
+def wait() -> None:
+    try:
+        print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, flush=True)
+        time.sleep(60)
+    finally:
+        print("unwinding", flush=True)
+        time.sleep(60)
+
+run(wait)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_what_the_first_began(signum: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "False\n"
+        process.send_signal(signum)
+        assert process.stdout.readline() == "unwinding\n"
+        process.send_signal(signum)
+        assert process.wait(timeout=30) == -signum
+
+
+def test_what_a_shell_runs_in_the_background_is_not_interrupted() -> None:
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WAITING
+    with subprocess.Popen([sys.executable, "-c", ignoring], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        process.kill()
+
+
+def test_a_warning_is_one_line_and_stops_nothing(call: Call, source: Path, out: Path) -> None:
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": {"total_size": 5}}))
+    result = call("int4-convert", source, out)
+    assert result.code == 0
+    assert re.fullmatch(r"warning: .*index.json: total_size is 5, its shards hold \d+ bytes; .*\n", result.err)
 
 
 def test_a_termination_ends_with_143_and_leaves_nothing_half_made(tmp_path: Path, out: Path) -> None:
     tensors = {f"layers.{i}.proj.weight": random(2048, 2048, seed=i) for i in range(24)}
     source = write_checkpoint(tmp_path / "source", tensors, shards=1)
-    process = subprocess.Popen([sys.executable, "-m", "converter", str(source), str(out), "--device", "cpu"])
+    command = [sys.executable, "-m", "converter", str(source), str(out), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(out.glob("*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.startswith("terminated; the same command goes on")) == (143, True)
     assert not any(name.endswith((".partial", ".safetensors", MANIFEST_NAME)) for name in contents(out))
 
 

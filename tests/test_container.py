@@ -240,3 +240,11 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path: Path) -> N
 
 def test_every_type_of_the_format_has_a_torch_type_of_its_size() -> None:
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == DTYPE_BYTES
+
+
+def test_no_header_is_written_that_is_over_the_limit_of_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = {f"t{i}": TensorSpec("F32", (2,)) for i in range(9)}
+    monkeypatch.setattr("formats.container.MAX_HEADER_BYTES", len(build_header(specs, {})) - 8)
+    build_header(specs, {})
+    with pytest.raises(CheckpointError, match=r"10 tensors need a header of \d+ bytes, .* more and smaller files"):
+        build_header({**specs, "t9": TensorSpec("F32", (2,))}, {})

@@ -15,7 +15,7 @@ from threading import Event
 import pytest
 import torch
 from checkpoints import add_to_config, random, write_checkpoint
-from huggingface_hub import close_session, constants
+from huggingface_hub import constants
 from local_hub import DROP, REPO, TOKEN, LocalHub, Request
 from safetensors.torch import save_file
 
@@ -23,7 +23,7 @@ from converter.cli import command
 from converter.pipeline import Conversion
 from converter.source import open_source
 from converter.weights import HubWeights
-from formats.errors import CheckpointError, HubError, Int4Error, OutputError, TemporaryError, UsageError
+from formats.errors import CheckpointError, HubError, Int4Error, Int4Warning, OutputError, TemporaryError, UsageError
 from formats.hub import download
 from formats.manifest import MANIFEST_NAME, read_manifest
 from runtime.load import resolve
@@ -151,14 +151,26 @@ def test_a_repository_that_is_cached_whole_converts_without_the_hub(hub: LocalHu
     commit = hub.push(make_checkpoint(tmp_path / "source"))
     convert(REPO, str(tmp_path / "online"))
     hub.fail(500)
-    convert(REPO, str(tmp_path / "offline"))
-    assert open_source(REPO).revision == commit
+    with pytest.warns(Int4Warning, match=f"{REPO}: the Hub cannot be reached; .* taken for all of {commit}"):
+        convert(REPO, str(tmp_path / "offline"))
+    with pytest.warns(Int4Warning):
+        assert open_source(REPO).revision == commit
     assert contents(tmp_path / "offline") == contents(tmp_path / "online")
 
 
 def test_a_repository_that_is_cached_in_part_is_a_temporary_error(hub: LocalHub, tmp_path: Path) -> None:
     hub.push(make_checkpoint(tmp_path / "source"))
     open_source(REPO).weights.fetch(SHARDS[0])
+    hub.fail(500)
+    assert type(error_of()) is TemporaryError
+
+
+@pytest.mark.filterwarnings("ignore::formats.errors.Int4Warning")
+@pytest.mark.parametrize("name", ["tokenizer.json", "2_Dense/model.safetensors"])
+def test_a_side_file_that_the_cache_lacks_is_a_temporary_error(hub: LocalHub, tmp_path: Path, name: str) -> None:
+    hub.push({**make_checkpoint(tmp_path / "source"), "2_Dense/model.safetensors": b"x"})
+    convert(REPO, str(tmp_path / "online"))
+    (open_source(REPO).folder / name).unlink()
     hub.fail(500)
     assert type(error_of()) is TemporaryError
 
