@@ -4,15 +4,14 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
 from converter.calibrate import LayerReport
 from converter.convert import convert, make_recipe
@@ -23,11 +22,12 @@ from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
 from converter.ranks import Ranks, joined_ranks, local_device
 from converter.source import Source, open_source
 from formats import __version__
-from formats.command import echo, run
+from formats.command import Command, complete_folder, echo, quiet_option, run
 from formats.devices import keep_freed_memory, parse_devices, peak_memory
 from formats.errors import Int4Error, UsageError, some
 from formats.layout import MAX_SIZE, Scheme
 from formats.manifest import CalibrationRecord, FileRecord, Manifest
+from formats.progress import Bar, bar_class
 from formats.sizes import Sizes
 from formats.texts import calibration_text, drawn_windows, tokenize
 
@@ -35,16 +35,37 @@ STAGING_NAME = ".int4-convert-source"
 NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("model")
+GROUPS = {
+    "How to quantise": ("--group-size", "--scheme", "--method"),
+    "Calibration": ("--calibration", "--calibration-tokens", "--seq-len", "--seed"),
+    "Which tensors": ("--include", "--exclude"),
+    "Where from, and on what": ("--revision", "--device", "--low-disk"),
+    "Publishing": ("--push-to", "--private", "--create-pr"),
+    "What comes out": ("--dry-run", "--overwrite", "--quiet", "--json"),
+}
+EXAMPLES = {
+    "What would happen to each tensor, from headers alone": "int4-convert Qwen/Qwen3-0.6B out --dry-run",
+    "Convert it": "int4-convert Qwen/Qwen3-0.6B out",
+    "With less loss, by a text like those the model is for": "int4-convert Qwen/Qwen3-0.6B out --method gptq "
+    "--calibration texts.txt",
+    "Quantise the output head too, keep the first layer": "int4-convert model out --include lm_head "
+    "--exclude 'model.layers.0.*'",
+}
+
+
+@click.command(cls=Command, groups=GROUPS, examples=EXAMPLES)
+@click.argument("model", shell_complete=complete_folder)
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--group-size", default=256, help="Columns that share a scale: a multiple of 8, or -1 for whole rows.")
+@click.option(
+    "--group-size", default=256, metavar="N", help="Columns that share a scale: a multiple of 8, or -1 for whole rows."
+)
 @click.option("--scheme", type=click.Choice(["sym", "asym"]), default="sym", help="Without or with zero points.")
 @click.option("--method", type=click.Choice(NAMES), default=DEFAULT_METHOD, help="How scales and codes are chosen.")
 @click.option("--calibration", metavar="TEXT", help="A UTF-8 file, or wikitext2, to run the model on: gptq needs it.")
-@click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, help="Tokens of it, at most.")
-@click.option("--seq-len", default=512, help="Tokens in a window of the calibration.")
-@click.option("--seed", type=click.IntRange(0, MAX_SIZE), default=0, help="Of the draw of windows.")
+@click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, metavar="N",
+              help="Tokens of it, at most.")  # fmt: skip
+@click.option("--seq-len", default=512, metavar="N", help="Tokens in a window of the calibration.")
+@click.option("--seed", type=click.IntRange(0, MAX_SIZE), default=0, metavar="N", help="Of the draw of windows.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantise these too, such as lm_head (repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these as they are (repeatable).")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.  [default: its main branch]")
@@ -58,7 +79,7 @@ NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 @click.option("--private", is_flag=True, help="With --push-to: for yourself alone, if the repository is new.")
 @click.option("--create-pr", is_flag=True, help="With --push-to: as a pull request.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in OUT_DIR.")
-@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (and with --dry-run the plan) as JSON.")
 @click.version_option(__version__)
 def command(
@@ -96,7 +117,7 @@ def command(
     source = open_source(model, revision, staging=staging, headers_only=dry_run, quiet=quiet)
     windows = text_record = None
     if calibration is not None:
-        text = calibration_text(calibration)
+        text = calibration_text(calibration, quiet)
         windows = drawn_windows(tokenize(source.folder, text), seq_len, max(1, calibration_tokens // seq_len), seed)
         text_record = CalibrationRecord(hashlib.sha256(text.encode()).hexdigest(), len(windows), seq_len, seed)
     recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude, text_record)
@@ -110,10 +131,9 @@ def command(
         upload = click.get_current_context().with_resource(begun)
     keep_freed_memory()
     warm_up(plan, chosen)
-    # disable=None: a bar only where someone watches it.
-    disable = True if quiet or not ranks.leads else None
-    layers = tqdm(unit="layer", desc="calibrating", disable=True if windows is None else disable)
-    done = tqdm(total=_share_bytes(plan, ranks), unit="B", unit_scale=True, desc=source.id, disable=disable)
+    bar = bar_class(quiet or not ranks.leads)
+    layers = bar(unit="layer", desc="calibrating", disable=windows is None)
+    done = bar(total=_share_bytes(plan, ranks), unit="B", unit_scale=True, desc=source.id)
     with layers, done:
         started = time.monotonic()
         manifest = convert(
@@ -180,14 +200,14 @@ def _print_summary(
         echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {where} with at most {memory}")
 
 
-def _show_layer(bar: Any, report: LayerReport) -> None:
+def _show_layer(bar: Bar, report: LayerReport) -> None:
     """A layer more on the bar, and a line of what calibration did not reach in it."""
     bar.total = report.count
     bar.set_postfix(output_error=f"{report.output_error:.2e}")
     bar.update()
     for why, names in (("too few tokens", report.too_few), ("no linear layer", report.other)):
         if names and not bar.disable:
-            bar.write(f"{why}, so by search: {some(names)}")
+            bar.write(f"{why}, so by search: {some(names)}", file=sys.stderr)
 
 
 def _sentence(sizes: Sizes) -> str:

@@ -8,18 +8,25 @@ import click
 
 from formats import __version__
 from formats.checkpoint import Checkpoint
-from formats.command import echo, printable, run
+from formats.command import Command, echo, printable, quiet_option, run
 from formats.manifest import Manifest
 from formats.records import to_json
 
+EXAMPLES = {
+    "What it is made of": "int4-inspect out",
+    "Whether every byte of it is right, for a script": "int4-inspect out --verify --quiet",
+    "The matrices that lost most": "int4-inspect out --errors | head",
+}
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.command(cls=Command, groups={}, examples=EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--verify", is_flag=True, help="Read every file and check every hash, header, shape and scale.")
 @click.option("--errors", is_flag=True, help="Print how far each quantised matrix is from its source, the worst first.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and the sizes as JSON.")
+@quiet_option
 @click.version_option(__version__)
-def command(folder: Path, verify: bool, errors: bool, as_json: bool) -> None:
+def command(folder: Path, verify: bool, errors: bool, as_json: bool, quiet: bool) -> None:
     """Describe the int4 checkpoint in FOLDER; exit code 3 says that it is damaged."""
     checkpoint = Checkpoint(folder)
     files = checkpoint.verify() if verify else None
@@ -27,6 +34,8 @@ def command(folder: Path, verify: bool, errors: bool, as_json: bool) -> None:
     if as_json:
         fields = {**to_json(manifest), **dataclasses.asdict(manifest.sizes), "verified": verify}
         echo(json.dumps(fields, indent=2))
+        return
+    if quiet:
         return
     for line in _description(manifest) + (_errors(manifest) if errors else []):
         echo(printable(line))

@@ -1,17 +1,14 @@
 """What comes from the Hugging Face Hub, by huggingface_hub, with its errors in this project's terms."""
 
 import errno
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import PARTIAL_CONTENT
 from pathlib import Path
-from typing import Any
-
-from tqdm.asyncio import tqdm_asyncio
 
 from formats.errors import HubError, Int4Error, OutputError, TemporaryError, UsageError
+from formats.progress import bar_class, draws_bars
 
 BUSY = (408, 409, 412, 425, 429)  # 409 and 412: somebody else changes the repository
 CACHE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -41,7 +38,7 @@ def download(
             repo_type=repo_type,
             allow_patterns=None if allow is None else list(allow),
             ignore_patterns=None if ignore is None else list(ignore),
-            tqdm_class=_NoBar if quiet or not sys.stderr.isatty() else None,
+            tqdm_class=bar_class(quiet),
         )
         return Path(folder)
 
@@ -103,13 +100,8 @@ def fetch(repo_id: str, revision: str, name: str, folder: Path | None = None, *,
     from huggingface_hub import hf_hub_download
 
     with hub_errors(repo_id, revision):
-        bar = _NoBar if quiet or not sys.stderr.isatty() else None
-        return Path(hf_hub_download(repo_id, name, revision=revision, local_dir=folder, tqdm_class=bar))
-
-
-class _NoBar(tqdm_asyncio):  # type: ignore[type-arg]
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "disable": True})
+        found = hf_hub_download(repo_id, name, revision=revision, local_dir=folder, tqdm_class=bar_class(quiet))
+        return Path(found)
 
 
 @contextmanager
@@ -117,7 +109,7 @@ def library_bars(shown: bool) -> Iterator[None]:
     """Show or hide the progress bars of huggingface_hub where it takes no class of bars; never in a pipe."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled() or (shown and sys.stderr.isatty()):
+    if are_progress_bars_disabled() or draws_bars(quiet=not shown):
         yield
         return
     disable_progress_bars()

@@ -26,17 +26,17 @@ def read_text(path: Path) -> str:
         raise UsageError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
-def wikitext2() -> str:
+def wikitext2(quiet: bool = False) -> str:
     """The test split of WikiText-2 raw as the standard protocol joins it; the file's SHA-256 is checked."""
-    archive, raw = _wikitext(WIKITEXT_TEST)
+    archive, raw = _wikitext(WIKITEXT_TEST, quiet)
     if hashlib.sha256(raw).hexdigest() != WIKITEXT_SHA256:
         raise CheckpointError(f"{archive}: {WIKITEXT_TEST} is not the official test split; delete it and run again")
     return join_rows(raw.decode("utf-8"))
 
 
-def _wikitext(name: str) -> tuple[Path, bytes]:
+def _wikitext(name: str, quiet: bool) -> tuple[Path, bytes]:
     """The archive of WikiText-2 raw, and the file `name` of it."""
-    archive = download(WIKITEXT_REPO, allow=[WIKITEXT_ZIP], repo_type="dataset") / WIKITEXT_ZIP
+    archive = download(WIKITEXT_REPO, allow=[WIKITEXT_ZIP], repo_type="dataset", quiet=quiet) / WIKITEXT_ZIP
     with zipfile.ZipFile(archive) as files:
         return archive, files.read(name)
 
@@ -47,23 +47,26 @@ def join_rows(raw: str) -> str:
     return "\n\n".join(line if line.strip() else "" for line in lines)
 
 
-def wikitext2_train() -> str:
+def wikitext2_train(quiet: bool = False) -> str:
     """The training split of WikiText-2 raw, joined like the other."""
-    _, raw = _wikitext(WIKITEXT_TRAIN)
+    _, raw = _wikitext(WIKITEXT_TRAIN, quiet)
     return join_rows(raw.decode("utf-8"))
 
 
-DATASETS: dict[str, Callable[[], str]] = {"wikitext2": wikitext2}
-CALIBRATION_DATASETS: dict[str, Callable[[], str]] = {"wikitext2": wikitext2_train}
+DATASETS: dict[str, Callable[[bool], str]] = {"wikitext2": wikitext2}
+CALIBRATION_DATASETS: dict[str, Callable[[bool], str]] = {"wikitext2": wikitext2_train}
 
 
-def calibration_text(name: str) -> str:
-    """The text of the file `name`, or else of the dataset of that name; raises `UsageError` where there is neither."""
+def calibration_text(name: str, quiet: bool = False) -> str:
+    """The text of the file `name`, or else of the dataset of that name; raises `UsageError` where there is neither.
+
+    `quiet` hides the bar of a download.
+    """
     if Path(name).is_file():
         return read_text(Path(name))
     if name not in CALIBRATION_DATASETS:
         raise UsageError(f"--calibration {name}: is no file, nor one of {sorted(CALIBRATION_DATASETS)}")
-    return CALIBRATION_DATASETS[name]()
+    return CALIBRATION_DATASETS[name](quiet)
 
 
 def tokenize(folder: Path, text: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 import click
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from formats import __version__
-from formats.command import echo, run
+from formats.command import Command, complete_folder, echo, quiet_option, run
 from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
 from formats.layout import ceil_div
 from formats.manifest import read_manifest
+from formats.progress import bar_class, draws_bars
 from formats.skeleton import first_line, with_plain_attention
 from formats.texts import DATASETS, read_text, tokenize, windows_of
 from runtime.evaluate import Evaluation, Measurement, evaluate
@@ -29,14 +28,31 @@ from runtime.report import require_matplotlib, timings, write_report
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("checkpoint")
-@click.option("--reference", help="The model that it was made from, a folder or a Hub id, to compare with.")
+GROUPS = {
+    "What to predict": ("--text", "--dataset", "--seq-len", "--max-windows", "--batch-size"),
+    "Compared with what": ("--reference",),
+    "How to run": ("--device", "--dtype", "--activations", "--no-join"),
+    "What comes out": ("--json", "--report", "--quiet"),
+}
+EXAMPLES = {
+    "Perplexity on a text": "int4-eval out --text novel.txt --seq-len 512",
+    "What the quantisation cost": "int4-eval out --reference Qwen/Qwen3-0.6B --dataset wikitext2",
+    "The same as a page with pictures": "int4-eval out --reference model --text novel.txt --report page",
+}
+
+
+@click.command(cls=Command, groups=GROUPS, examples=EXAMPLES)
+@click.argument("checkpoint", shell_complete=complete_folder)
+@click.option("--reference", metavar="MODEL", shell_complete=complete_folder,
+              help="The model that it was made from, a folder or a Hub id, to compare with.")  # fmt: skip
 @click.option("--text", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A UTF-8 file to predict.")
 @click.option("--dataset", type=click.Choice(sorted(DATASETS)), help="A standard text from the Hub instead.")
-@click.option("--seq-len", default=2048, help="Tokens in a window; windows do not overlap, the tail is dropped.")
-@click.option("--max-windows", type=click.IntRange(min=1), help="Stop after so many windows.  [default: all]")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, help="Windows in a forward pass.")
+@click.option("--seq-len", default=2048, metavar="N",
+              help="Tokens in a window; windows do not overlap, the tail is dropped.")  # fmt: skip
+@click.option("--max-windows", type=click.IntRange(min=1), metavar="N",
+              help="Stop after so many windows.  [default: all]")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, metavar="N",
+              help="Windows in a forward pass.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Type to compute in.  [default: the checkpoint's]")
 @click.option("--no-join", is_flag=True, help="On a GPU, give layers that share their input a product each.")
 @click.option("--activations", type=click.Choice(["fp8"]), help="Round what enters a layer; many tokens are faster.")
@@ -44,6 +60,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file too; "
               "a model card shows those in evaluation.json.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path, file_okay=False), help="Draw a page into this folder.")
+@quiet_option
 @click.version_option(__version__)
 def command(
     checkpoint: str,
@@ -59,6 +76,7 @@ def command(
     device: str | None,
     json_file: Path | None,
     report: Path | None,
+    quiet: bool,
 ) -> None:
     """Evaluate the int4 CHECKPOINT, a folder or a Hub id, on a text.
 
@@ -78,15 +96,15 @@ def command(
         require_matplotlib()
     place = parse_device(device)
     kind = None if dtype is None else DTYPES[dtype]
-    folder = resolve(checkpoint)
+    folder = resolve(checkpoint, quiet=quiet)
     manifest = read_manifest(folder)
     model = load(folder, device=place, dtype=kind, join=False if no_join else None, activations=activations)
-    original = None if reference is None else _load_reference(reference, place, kind)
-    corpus = read_text(text) if text is not None else DATASETS[str(dataset)]()
+    original = None if reference is None else _load_reference(reference, place, kind, quiet)
+    corpus = read_text(text) if text is not None else DATASETS[str(dataset)](quiet)
     tokens = tokenize(folder, corpus)
     windows = windows_of(tokens, seq_len, max_windows)
     _check_limits(model, windows, folder)
-    with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar, room_for(checkpoint):
+    with bar_class(quiet)(total=len(windows), unit="window", desc="evaluating") as bar, room_for(checkpoint):
         result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
     protocol = {
         "checkpoint": manifest.digest,
@@ -97,7 +115,8 @@ def command(
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
     }
     summary = _table(result, protocol)
-    echo(summary)
+    if not quiet:
+        echo(summary)
     if json_file is not None:
         publish_bytes(json_file, (json.dumps(as_json(result, protocol), indent=2) + "\n").encode())
     if report is not None:
@@ -118,12 +137,12 @@ def _check_limits(model: Any, windows: Tensor, folder: Path) -> None:
         raise CheckpointError(f"{folder}: its tokenizer gives token {token}, its model knows {vocabulary}")
 
 
-def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | None, quiet: bool) -> nn.Module:
     import transformers
 
-    if not sys.stderr.isatty():
+    if not draws_bars(quiet):
         transformers.utils.logging.disable_progress_bar()
-    folder = resolve(reference, ignore=["*.bin", "*.pt", "*.pth"])
+    folder = resolve(reference, ignore=["*.bin", "*.pt", "*.pth"], quiet=quiet)
     load_model = partial(
         transformers.AutoModelForCausalLM.from_pretrained,
         folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False,

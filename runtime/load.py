@@ -80,12 +80,14 @@ def load(
     return placed
 
 
-def resolve(folder_or_hub_id: str | Path, revision: str | None = None, *, ignore: Sequence[str] = ()) -> Path:
+def resolve(
+    folder_or_hub_id: str | Path, revision: str | None = None, *, ignore: Sequence[str] = (), quiet: bool = False
+) -> Path:
     """The local folder of a checkpoint: itself, or its snapshot from the Hub without files that match `ignore`."""
     folder = Path(folder_or_hub_id)
     if folder.is_dir():
         return folder
-    return download(str(folder_or_hub_id), revision, ignore=ignore)
+    return download(str(folder_or_hub_id), revision, ignore=ignore, quiet=quiet)
 
 
 class _Slice:

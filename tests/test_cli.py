@@ -63,11 +63,18 @@ def test_convert_says_what_it_did(call: Call, source: Path, out: Path) -> None:
         r"with at most \d+\.\d GB of memory\n",
         result.out,
     )
-    assert result.err == ""  # no bar where nobody watches
+    assert result.err == ""  # it takes no time that a log would have to be told of
 
 
 def test_convert_quiet_says_nothing(call: Call, source: Path, out: Path) -> None:
     result = call("int4-convert", source, out, "--quiet")
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+@pytest.mark.parametrize("command", ["int4-inspect", "int4-eval"])
+def test_quiet_is_the_same_for_every_command(call: Call, converted: Path, command: str) -> None:
+    text = ["--text", EXAMPLE.parent / "tiny-llama.heldout.txt", "--seq-len", 64, "--max-windows", 1]
+    result = call(command, converted, "--quiet", *(text if command == "int4-eval" else []))
     assert (result.code, result.out, result.err) == (0, "", "")
 
 

@@ -30,8 +30,9 @@ FLOORS: dict[str, set[str]] = {
     "formats.codec": {"formats.errors", "formats.layout", "torch"},
     "formats.tensors": {"formats.container", "formats.layout", "torch"},
     "formats.devices": {"formats.errors", "torch", "triton"},
-    "formats.hub": {"formats.errors", "huggingface_hub", "tqdm"},
-    "formats.command": {"formats.errors", "click", "tqdm"},
+    "formats.progress": {"tqdm"},
+    "formats.hub": {"formats.errors", "formats.progress", "huggingface_hub"},
+    "formats.command": {"formats.errors", "formats.progress", "click"},
     "formats.skeleton": {"formats.errors", "torch", "transformers"},
     "formats.texts": {"formats.errors", "formats.hub", "formats.skeleton", "torch", "transformers"},
 }
@@ -43,6 +44,7 @@ FLOORS["formats.checkpoint"] = {
     "formats.codec", "formats.container", "formats.errors", "formats.files", "formats.layout", "formats.manifest",
     "formats.tensors", "torch",
 }  # fmt: skip
+FLOORS["formats.__main__"] = {"formats.cli"}
 FLOORS["formats.cli"] = {
     "formats.checkpoint", "formats.command", "formats.layout", "formats.manifest", "formats.records", "click",
 }  # fmt: skip
