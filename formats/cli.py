@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -9,8 +12,12 @@ import click
 from formats import __version__
 from formats.checkpoint import Checkpoint
 from formats.command import Command, echo, printable, quiet_option, run
-from formats.manifest import Manifest
+from formats.manifest import Manifest, TensorRecord
 from formats.records import to_json
+
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name that is nothing else
+NAME_WIDTH = 24  # columns that the names of tensors have in any case
+
 
 EXAMPLES = {
     "What it is made of": "int4-inspect out",
@@ -37,7 +44,7 @@ def command(folder: Path, verify: bool, errors: bool, as_json: bool, quiet: bool
         return
     if quiet:
         return
-    for line in _description(manifest) + (_errors(manifest) if errors else []):
+    for line in [*_description(manifest), "", *_table(manifest), *(_errors(manifest) if errors else [])]:
         echo(printable(line))
     if verify:
         echo(f"verified: {files} files, {len(manifest.tensors)} tensors, every byte as it was written")
@@ -56,9 +63,35 @@ def _description(manifest: Manifest) -> list[str]:
         lines.insert(2, f"calibrated {seen.windows} windows of {seen.seq_len} tokens, text {seen.sha256[:12]}")
     lines += [f"included   {pattern}" for pattern in recipe.include]
     lines += [f"excluded   {pattern}" for pattern in recipe.exclude]
-    for reason, names in manifest.kept.items():
-        lines.append(f"  {len(names):4} {reason}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
     return lines
+
+
+def _table(manifest: Manifest) -> list[str]:
+    """A line for the tensors that differ only in the numbers of their names: layers, experts; int4 ones first."""
+    alike: dict[tuple[bool, str, str, str, str], list[TensorRecord]] = {}
+    for row in manifest.tensors:
+        pattern = NUMBER.sub("*", row.name)
+        alike.setdefault((not row.quantized, pattern, str(list(row.shape)), row.dtype, row.reason), []).append(row)
+    cells = [("tensors", "", "shape", "type", "bits", "worst error")]
+    for (kept, pattern, shape, dtype, reason), rows in sorted(alike.items(), key=lambda item: item[0][0]):
+        stored = sum(spec.nbytes for spec in rows[0].stored(manifest.recipe.scheme).values())
+        bits = f"{8 * stored / max(1, rows[0].spec.numel):.2f}"
+        errors = [row.error.relative_mse if row.error.output is None else row.error.output for row in rows if row.error]
+        last = f"kept: {reason}" if kept else f"{max(errors, default=0.0):11.2e}"
+        cells.append((pattern, f"{len(rows)} ×", shape, dtype if kept else "int4", bits, last))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    terminal = shutil.get_terminal_size((sys.maxsize, 0)).columns  # nothing is cut for a file or a pipe
+    widths[0] = max(NAME_WIDTH, min(widths[0], terminal - sum(widths[1:]) - 2 * (len(widths) - 1)))
+    return [
+        f"{_cut(name, widths[0]):{widths[0]}}  {count:>{widths[1]}}  {shape:{widths[2]}}  {kind:{widths[3]}}  "
+        f"{bits:>{widths[4]}}  {last}"
+        for name, count, shape, kind, bits, last in cells
+    ]
+
+
+def _cut(name: str, width: int) -> str:
+    """`name` without its middle, where it is wider: the end says most."""
+    return name if len(name) <= width else f"{name[: width // 3]}…{name[len(name) - (width - 1 - width // 3) :]}"
 
 
 def _errors(manifest: Manifest) -> list[str]:

@@ -237,10 +237,31 @@ def test_inspect_describes_the_checkpoint(call: Call, converted: Path) -> None:
         "source     tiny-llama",
         "recipe     search, symmetric, groups of 256, by int4-convert ",
         "quantised  21 tensors, 4.0",
-        "1 embedding: model.embed_tokens.weight",
+        "model.layers.*.self_attn.q_proj.weight          3 ×  [256, 256]   int4   4.06     1.",
+        "model.embed_tokens.weight                       1 ×  [1024, 256]  BF16  16.00  kept: embedding\n",
         "verified: ",
     ):
         assert line in result.out
+
+
+def test_inspect_keeps_apart_what_only_shares_a_name(call: Call, tmp_path: Path, out: Path) -> None:
+    tensors = {"a.0.b.weight": random(16, 24), "a.10.b.weight": random(16, 24), "a.2.b.weight": random(8, 24)}
+    call("int4-convert", write_checkpoint(tmp_path / "source", tensors | {"a.3x.b.weight": random(8, 24)}), out)
+    rows = [line.split()[:5] for line in call("int4-inspect", out).out.split("\n\n")[1].splitlines()[1:]]
+    assert sorted(rows) == [
+        ["a.*.b.weight", "1", "×", "[8,", "24]"],
+        ["a.*.b.weight", "2", "×", "[16,", "24]"],
+        ["a.3x.b.weight", "1", "×", "[8,", "24]"],
+    ]
+
+
+def test_inspect_fits_names_into_a_narrow_terminal(
+    call: Call, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call("int4-inspect", converted).out.split("\n\n")[1].splitlines()
+    assert "model.laye…lf_attn.q_proj.weight  3 ×  [256, 256]   int4   4.06" in "\n".join(lines)
+    assert 70 < max(map(len, lines)) <= 80
 
 
 def test_inspect_shows_the_errors_with_the_worst_first(call: Call, converted: Path) -> None:
