@@ -5,6 +5,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,13 +70,18 @@ def calibration_text(name: str, quiet: bool = False) -> str:
     return CALIBRATION_DATASETS[name](quiet)
 
 
-def tokenize(folder: Path, text: str) -> Tensor:
-    """The whole of `text` as tokens [T] of the tokenizer in `folder`, with no special ones added."""
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, by transformers; raises `CheckpointError`, or `UsageError` without transformers."""
     transformers = import_transformers(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load its tokenizer ({first_line(error)})") from None
+
+
+def tokenize(folder: Path, text: str) -> Tensor:
+    """The whole of `text` as tokens [T] of the tokenizer in `folder`, with no special ones added."""
+    tokenizer = load_tokenizer(folder)
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 

@@ -1,4 +1,4 @@
-"""`int4-eval`: perplexity, divergence, speed and size of an int4 checkpoint."""
+"""`int4-eval`: perplexity, divergence, speed, size and tasks of an int4 checkpoint."""
 
 import dataclasses
 import json
@@ -19,25 +19,29 @@ from formats.layout import ceil_div
 from formats.manifest import read_manifest
 from formats.progress import bar_class, draws_bars
 from formats.skeleton import first_line, with_plain_attention
-from formats.texts import DATASETS, read_text, tokenize, windows_of
-from runtime.evaluate import Evaluation, Measurement, evaluate
+from formats.texts import DATASETS, load_tokenizer, read_text, tokenize, windows_of
+from runtime.evaluate import evaluate
+from runtime.integrations.lm_eval import Harness
 from runtime.load import load, resolve
 from runtime.ops import FP8_TOKENS
 from runtime.report import require_matplotlib, timings, write_report
+from runtime.tables import as_json, table, task_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 GROUPS = {
-    "What to predict": ("--text", "--dataset", "--seq-len", "--max-windows", "--batch-size"),
+    "What to predict": ("--text", "--dataset", "--seq-len", "--max-windows"),
+    "Tasks": ("--tasks", "--num-fewshot", "--limit", "--include-path"),
     "Compared with what": ("--reference",),
-    "How to run": ("--device", "--dtype", "--activations", "--no-join"),
+    "How to run": ("--batch-size", "--device", "--dtype", "--activations", "--no-join"),
     "What comes out": ("--json", "--report", "--quiet"),
 }
 EXAMPLES = {
     "Perplexity on a text": "int4-eval out --text novel.txt --seq-len 512",
     "What the quantisation cost": "int4-eval out --reference Qwen/Qwen3-0.6B --dataset wikitext2",
-    "The same as a page with pictures": "int4-eval out --reference model --text novel.txt --report page",
+    "Tasks, and the same of the original": "int4-eval out --reference model --tasks hellaswag,arc_easy --batch-size 8",
+    "Perplexity as a page with pictures": "int4-eval out --reference model --text novel.txt --report page",
 }
 
 
@@ -51,8 +55,15 @@ EXAMPLES = {
               help="Tokens in a window; windows do not overlap, the tail is dropped.")  # fmt: skip
 @click.option("--max-windows", type=click.IntRange(min=1), metavar="N",
               help="Stop after so many windows.  [default: all]")  # fmt: skip
+@click.option("--tasks", metavar="NAMES", help="Tasks of lm-evaluation-harness, such as hellaswag,arc_easy.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question.  "
+              "[default: as the task says]")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N",
+              help="Take so many questions of each task, for a first look.  [default: all]")  # fmt: skip
+@click.option("--include-path", type=click.Path(path_type=Path, exists=True, file_okay=False),
+              help="A folder with tasks of your own, as YAML files.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, metavar="N",
-              help="Windows in a forward pass.")  # fmt: skip
+              help="Windows or requests in a forward pass.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(sorted(DTYPES)), help="Type to compute in.  [default: the checkpoint's]")
 @click.option("--no-join", is_flag=True, help="On a GPU, give layers that share their input a product each.")
 @click.option("--activations", type=click.Choice(["fp8"]), help="Round what enters a layer; many tokens are faster.")
@@ -69,6 +80,10 @@ def command(
     dataset: str | None,
     seq_len: int,
     max_windows: int | None,
+    tasks: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    include_path: Path | None,
     batch_size: int,
     dtype: str | None,
     no_join: bool,
@@ -78,50 +93,66 @@ def command(
     report: Path | None,
     quiet: bool,
 ) -> None:
-    """Evaluate the int4 CHECKPOINT, a folder or a Hub id, on a text.
+    """Evaluate the int4 CHECKPOINT, a folder or a Hub id, on a text, on tasks of lm-evaluation-harness, or on both.
 
     The text is tokenised whole and once, without special tokens, and every token is predicted from those before it in
     its window.
     """
-    if (text is None) == (dataset is None):
-        raise UsageError("give a text: either --text FILE or --dataset NAME")
+    given = [option for option in (text, dataset) if option is not None]
+    if len(given) == 2 or not (given or tasks):
+        raise UsageError("give a text, either --text FILE or --dataset NAME, or --tasks NAMES")
     if json_file is not None and not json_file.parent.is_dir():
         raise UsageError(f"--json {json_file}: its folder does not exist; make it first")
-    if activations == "fp8" and batch_size * seq_len < FP8_TOKENS:
+    if activations == "fp8" and given and batch_size * seq_len < FP8_TOKENS:
         raise UsageError(
             f"--activations fp8 rounds in calls of {FP8_TOKENS} tokens and more, these have {batch_size * seq_len}; "
             f"give --batch-size {ceil_div(FP8_TOKENS, seq_len)} or more"
         )
     if report is not None:
+        if not given:
+            raise UsageError("--report draws what a text gives; give --text FILE or --dataset NAME too")
         require_matplotlib()
+    harness = None
+    if tasks is not None:
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        harness = Harness(names, num_fewshot=num_fewshot, limit=limit, folder=include_path, quiet=quiet)
     place = parse_device(device)
     kind = None if dtype is None else DTYPES[dtype]
     folder = resolve(checkpoint, quiet=quiet)
     manifest = read_manifest(folder)
     model = load(folder, device=place, dtype=kind, join=False if no_join else None, activations=activations)
     original = None if reference is None else _load_reference(reference, place, kind, quiet)
-    corpus = read_text(text) if text is not None else DATASETS[str(dataset)](quiet)
-    tokens = tokenize(folder, corpus)
-    windows = windows_of(tokens, seq_len, max_windows)
-    _check_limits(model, windows, folder)
-    with bar_class(quiet)(total=len(windows), unit="window", desc="evaluating") as bar, room_for(checkpoint):
-        result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
-    protocol = {
+    setting = {
         "checkpoint": manifest.digest,
-        "text": str(text) if text is not None else dataset,
-        "seq_len": seq_len,
-        "windows": len(windows),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else str(place),
     }
-    summary = _table(result, protocol)
+    page, fields = list[str](), dict[str, Any]()
+    if given:
+        corpus = read_text(text) if text is not None else DATASETS[str(dataset)](quiet)
+        tokens = tokenize(folder, corpus)
+        windows = windows_of(tokens, seq_len, max_windows)
+        _check_limits(model, windows, folder)
+        with bar_class(quiet)(total=len(windows), unit="window", desc="evaluating") as bar, room_for(checkpoint):
+            result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
+        protocol = {"text": str(given[0]), "seq_len": seq_len, "windows": len(windows), **setting}
+        page.append(table(result, protocol))
+        fields = as_json(result, protocol)
+    if harness is not None:
+        tokenizer = load_tokenizer(folder)
+        found = harness.run(model, tokenizer, batch_size)
+        expected = None if original is None else harness.run(original, tokenizer, batch_size)
+        page.append(task_table(found, expected))
+        fields |= {"tasks": [dataclasses.asdict(score) for score in found], "harness": harness.options, **setting}
+        if expected is not None:
+            fields.setdefault("reference", {})["tasks"] = [dataclasses.asdict(score) for score in expected]
     if not quiet:
-        echo(summary)
+        echo("\n\n".join(page))
     if json_file is not None:
-        publish_bytes(json_file, (json.dumps(as_json(result, protocol), indent=2) + "\n").encode())
+        publish_bytes(json_file, (json.dumps(fields, indent=2) + "\n").encode())
     if report is not None:
         lengths = tokens[: seq_len * batch_size]  # no longer windows than those of the evaluation
-        write_report(report, checkpoint, summary, result, manifest,
+        write_report(report, checkpoint, page[0], result, manifest,
                      list(timings(model, original, lengths, batch_size)))  # fmt: skip
 
 
@@ -154,47 +185,6 @@ def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | N
     with room_for(reference):
         placed: nn.Module = model.to(device).eval()
     return placed
-
-
-def as_json(result: Evaluation, protocol: dict[str, Any]) -> dict[str, Any]:
-    """The figures as they stand in `--json`: the model's own at the top, beside them what compares."""
-    fields = dataclasses.asdict(result)
-    return {**fields.pop("model"), **{key: value for key, value in fields.items() if value is not None}, **protocol}
-
-
-def _table(result: Evaluation, protocol: dict[str, Any]) -> str:
-    columns = [("int4", result.model)]
-    if result.reference is not None:
-        columns.append(("reference", result.reference))
-    lines = [
-        f"{protocol['windows']} windows of {protocol['seq_len']} tokens, {protocol['dtype']}, {protocol['device']}",
-        f"{'':24}" + "".join(f"{title:>14}" for title, _ in columns),
-    ]
-    cells = [_cells(measurement) for _, measurement in columns]
-    lines += [f"{label:24}" + "".join(f"{cell[label]:>14}" for cell in cells) for label in cells[0]]
-    if result.increase is not None and result.kld is not None and result.same_top1 is not None:
-        lines += [
-            f"perplexity increase     {result.increase:>+14.2%}{_plus_minus(result.increase_se, '.2%')}",
-            f"KL divergence, nats     {result.kld.mean:>14.4f}  mean{_plus_minus(result.kld.mean_se, '.4f')}",
-            f"{'':24}{result.kld.median:>14.4f}  median",
-            f"{'':24}{result.kld.p999:>14.4f}  99.9 %",
-            f"same first choice       {result.same_top1:>14.2%}",
-        ]
-    return "\n".join(lines)
-
-
-def _plus_minus(error: float | None, form: str) -> str:
-    return "" if error is None else f" ± {error:{form}}"
-
-
-def _cells(measurement: Measurement) -> dict[str, str]:
-    peak = measurement.peak_memory_bytes
-    return {
-        "perplexity": f"{measurement.perplexity:.3f}",
-        "tokens/s": f"{measurement.tokens_per_second:,.0f}",
-        "weights, MB": f"{measurement.weight_bytes / 1e6:,.1f}",
-        "peak memory, MB": "on GPU only" if peak is None else f"{peak / 1e6:,.1f}",
-    }
 
 
 def main() -> None:

@@ -1,3 +1,4 @@
+import sys
 import zipfile
 from pathlib import Path
 
@@ -43,3 +44,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"\xef\xbb\xbfwords\r\n")
     assert texts.read_text(tmp_path / "file") == "words\r\n"
+
+
+def test_without_transformers_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        UsageError, match=r"its tokenizer is loaded through transformers.*pip install 'int4-convert\[hf\]'"
+    ):
+        texts.tokenize(tmp_path, "words")
