@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,14 @@ import torch
 
 from converter.calibrate import LayerReport
 from converter.convert import convert, make_recipe
+from converter.engines import ENGINES
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
 from converter.push import Upload, published
 from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
 from converter.ranks import Ranks, joined_ranks, local_device
 from converter.source import Source, open_source
+from converter.targets import Forecast, forecast
 from formats import __version__
 from formats.command import Command, complete_folder, echo, quiet_option, run
 from formats.devices import keep_freed_memory, parse_devices, peak_memory
@@ -40,11 +43,14 @@ GROUPS = {
     "Calibration": ("--calibration", "--calibration-tokens", "--seq-len", "--seed"),
     "Which tensors": ("--include", "--exclude"),
     "Where from, and on what": ("--revision", "--device", "--low-disk"),
+    "Before you convert": ("--dry-run", "--target", "--tensor-parallel"),
     "Publishing": ("--push-to", "--private", "--create-pr"),
-    "What comes out": ("--dry-run", "--overwrite", "--quiet", "--json"),
+    "What comes out": ("--overwrite", "--quiet", "--json"),
 }
 EXAMPLES = {
     "What would happen to each tensor, from headers alone": "int4-convert Qwen/Qwen3-0.6B out --dry-run",
+    "How vLLM would run it on four GPUs": "int4-convert Qwen/Qwen3-0.6B out --dry-run --target vllm "
+    "--tensor-parallel 4",
     "Convert it": "int4-convert Qwen/Qwen3-0.6B out",
     "With less loss, by a text like those the model is for": "int4-convert Qwen/Qwen3-0.6B out --method gptq "
     "--calibration texts.txt",
@@ -75,6 +81,10 @@ EXAMPLES = {
 @click.option(
     "--dry-run", is_flag=True, help="Print what would happen to each tensor; fetch no weights, write nothing."
 )
+@click.option("--target", type=click.Choice(sorted(ENGINES)),
+              help="With --dry-run: say which kernels of this engine would run what, and what to change.")  # fmt: skip
+@click.option("--tensor-parallel", type=click.IntRange(min=1), metavar="N",
+              help="GPUs that --target shares each matrix among.  [default: 1]")  # fmt: skip
 @click.option("--push-to", metavar="REPO_ID", help="Publish it on the Hub, shard by shard while others are converted.")
 @click.option("--private", is_flag=True, help="With --push-to: for yourself alone, if the repository is new.")
 @click.option("--create-pr", is_flag=True, help="With --push-to: as a pull request.")
@@ -98,6 +108,8 @@ def command(
     devices: str | None,
     low_disk: bool,
     dry_run: bool,
+    target: str | None,
+    tensor_parallel: int | None,
     push_to: str | None,
     private: bool,
     create_pr: bool,
@@ -112,6 +124,10 @@ def command(
     ranks = click.get_current_context().with_resource(joined_ranks())
     _check_options(method, calibration, low_disk=low_disk, ranks=ranks)
     _check_publishing(push_to, private=private, create_pr=create_pr, ranks=ranks)
+    if target is not None and not dry_run:
+        raise UsageError("--target: changes nothing of a conversion, it is asked before one; give --dry-run too")
+    if tensor_parallel is not None and target is None:
+        raise UsageError(f"--tensor-parallel: for which engine? give --target {some(sorted(ENGINES))}")
     chosen = parse_devices(local_device(ranks) if devices is None else devices)
     staging = out_dir / STAGING_NAME if low_disk else None
     source = open_source(model, revision, staging=staging, headers_only=dry_run, quiet=quiet)
@@ -123,7 +139,7 @@ def command(
     recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude, text_record)
     plan = make_plan(source, recipe)
     if dry_run:
-        _print_plan(plan, source, as_json)
+        _print_plan(plan, source, None if target is None else forecast(plan, target, tensor_parallel or 1), as_json)
         return
     upload = None
     if push_to is not None:
@@ -218,17 +234,31 @@ def _sentence(sizes: Sizes) -> str:
     )
 
 
-def _print_plan(plan: Plan, source: Source, as_json: bool) -> None:
+def _print_plan(plan: Plan, source: Source, expected: Forecast | None, as_json: bool) -> None:
     needs = {"download_bytes": source.missing_bytes, "disk_bytes": plan.sizes.stored_bytes + source.staged_bytes}
     if as_json:
         rows = [dataclasses.asdict(tensor) for tensor in plan.tensors]
-        echo(json.dumps({**dataclasses.asdict(plan.sizes), **needs, "tensors": rows}))
+        fields = {**dataclasses.asdict(plan.sizes), **needs, "tensors": rows}
+        echo(json.dumps(fields if expected is None else {**fields, "target": dataclasses.asdict(expected)}))
         return
+    verdicts = {} if expected is None else expected.verdicts
     for tensor in plan.tensors:
-        echo(f"{'int4' if tensor.quantized else 'keep'}  {tensor.name}  {tensor.spec}  ({tensor.reason})")
+        row = f"{'int4' if tensor.quantized else 'keep'}  {tensor.name}  {tensor.spec}  ({tensor.reason})"
+        echo(f"{row}  -> {verdicts[tensor.name]}" if tensor.name in verdicts else row)
     echo(f"would write: {_sentence(plan.sizes)}")
     download = f"{needs['download_bytes'] / 1e6:,.1f} MB to download" if source.revision else "nothing to download"
     echo(f"would need: {download}, {needs['disk_bytes'] / 1e6:,.1f} MB of disk for the output, {memory_needed(plan)}")
+    if expected is not None:
+        _print_forecast(expected)
+
+
+def _print_forecast(expected: Forecast) -> None:
+    gpus = "one GPU" if expected.tensor_parallel == 1 else f"{expected.tensor_parallel} GPUs"
+    echo(f"{expected.engine} on {gpus}, by what its code says:")
+    for verdict, count in Counter(map(str, expected.verdicts.values())).most_common():
+        echo(f"  {count} tensors: {verdict}")
+    for sentence in expected.advice:
+        echo(f"to do: {sentence}")
 
 
 def main() -> None:
