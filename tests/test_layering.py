@@ -79,6 +79,10 @@ def test_imports_of_formats_point_down_only(module: str) -> None:
     assert imported(module) - sys.stdlib_module_names - {"formats"} <= FLOORS[module]
 
 
+def test_progress_is_shown_in_one_way() -> None:
+    assert [module for module in MODULES if "tqdm" in imported(module)] == ["formats.progress"]
+
+
 @pytest.mark.parametrize(
     ("package", "absent"),
     [
