@@ -15,7 +15,7 @@ from formats.container import Container
 from formats.errors import CheckpointError
 from formats.files import hash_file, link_roots
 from formats.layout import SCALE, TensorSpec
-from formats.manifest import SHARD_METADATA, FileRecord, Manifest, read_manifest
+from formats.manifest import SHARD_METADATA, FileRecord, Manifest, TensorRecord, read_manifest
 from formats.tensors import TORCH_DTYPES, view_of
 
 READING_THREADS = 8  # one alone hashes more slowly than a disk reads
@@ -32,7 +32,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._roots = link_roots(folder)  # no file outside them is opened, whatever a link says
+        self.roots = link_roots(folder)  # no file outside them is opened, whatever a link says
         self.manifest: Manifest = read_manifest(folder)
         self.files: dict[str, FileRecord] = {file.name: file for file in self.manifest.files}
         scheme, rows = self.manifest.recipe.scheme, self.manifest.tensors
@@ -54,7 +54,8 @@ class Checkpoint:
         """
         reads: deque[tuple[str, TensorSpec, Future[Tensor]]] = deque()
         with ExitStack() as stack, ThreadPoolExecutor(READING_THREADS) as pool:
-            entries = [(container, name) for container in self._containers(stack) for name in container.tensors]
+            containers = [self._container(stack, *shard) for shard in self.manifest.shards.items()]
+            entries = [(container, name) for container in containers for name in container.tensors]
             for container, name in sorted(entries, key=lambda entry: -entry[0].tensors[entry[1]].spec.nbytes):
                 spec = container.tensors[name].spec
                 reads.append((name, spec, pool.submit(self._read, container, name, verify, device)))
@@ -63,23 +64,35 @@ class Checkpoint:
             while reads:
                 yield _first(reads)
 
+    def read_shard(self, shard: str) -> Iterator[tuple[TensorRecord, list[Tensor]]]:
+        """Yield the rows of one shard, each with its stored tensors, in the order of the manifest.
+
+        One row is in memory at a time. Everything is checked, and raised, as by `stream`.
+        """
+        scheme = self.manifest.recipe.scheme
+        rows = {row: row.stored(scheme) for row in self.manifest.tensors if row.file == shard}
+        with ExitStack() as stack:
+            specs = {name: spec for stored in rows.values() for name, spec in stored.items()}
+            container = self._container(stack, shard, specs)
+            for row, stored in rows.items():
+                yield row, [self._read(container, name, True, None) for name in stored]
+
     def verify(self) -> None:
         """Check every byte of every listed file; raises `CheckpointError` at the first that is wrong."""
         for _ in self.stream():
             pass
         with ThreadPoolExecutor(READING_THREADS) as pool:
-            found = pool.map(lambda name: hash_file(self.folder / name, self._roots)[1], self.files)
+            found = pool.map(lambda name: hash_file(self.folder / name, self.roots)[1], self.files)
             for name, digest in zip(self.files, found, strict=True):
                 self._check_digest(name, digest)
 
-    def _containers(self, stack: ExitStack) -> Iterator[Container]:
-        """Every shard, opened until `stack` ends, which sees that none has changed meanwhile."""
-        for shard, specs in self.manifest.shards.items():
-            path = self.folder / shard
-            container = stack.enter_context(Container(path, self._roots))
-            stack.callback(container.refuse_changed)
-            _compare(specs, container, path)
-            yield container
+    def _container(self, stack: ExitStack, shard: str, specs: dict[str, TensorSpec]) -> Container:
+        """A shard, opened until `stack` ends, which sees that it has not changed meanwhile."""
+        path = self.folder / shard
+        container = stack.enter_context(Container(path, self.roots))
+        stack.callback(container.refuse_changed)
+        _compare(specs, container, path)
+        return container
 
     def _read(self, container: Container, name: str, verify: bool, device: torch.device | None) -> Tensor:
         digest = hashlib.sha256() if verify else None

@@ -43,6 +43,13 @@ FLOORS["formats.checkpoint"] = {
     "formats.codec", "formats.container", "formats.errors", "formats.files", "formats.layout", "formats.manifest",
     "formats.tensors", "torch",
 }  # fmt: skip
+INTEROP = {"formats.codec", "formats.errors", "formats.interop.base", "formats.layout", "torch"}
+FLOORS["formats.interop.base"] = INTEROP - {"formats.interop.base"}
+FLOORS["formats.interop.signs"] = {"torch"}
+FLOORS["formats.interop.groups"] = {"formats.codec", "formats.layout", "torch"}
+FLOORS |= {f"formats.interop.{name}": INTEROP for name in ("compressed_tensors", "gptq", "mlx", "proof")}
+FLOORS["formats.interop.awq"] = INTEROP | {"formats.interop.signs"}
+FLOORS["formats.interop"] = {f"formats.interop.{name}" for name in ("base", "compressed_tensors", "gptq", "awq", "mlx")}
 FLOORS["formats.cli"] = {
     "formats.checkpoint", "formats.command", "formats.layout", "formats.manifest", "formats.records", "click",
 }  # fmt: skip
