@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from converter.calibrate import LayerReport
-from converter.convert import convert, make_recipe
+from converter.convert import DEFAULT_GROUP_SIZE, convert, recipe_for
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
 from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
@@ -25,7 +25,6 @@ from formats import __version__
 from formats.command import echo, run
 from formats.devices import keep_freed_memory, parse_devices, peak_memory
 from formats.errors import UsageError, some
-from formats.layout import Scheme
 from formats.manifest import CalibrationRecord, Manifest
 from formats.sizes import Sizes
 from formats.texts import calibration_text, drawn_windows, tokenize
@@ -37,9 +36,11 @@ NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.argument("model")
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--group-size", default=256, help="Columns that share a scale: a multiple of 8, or -1 for whole rows.")
-@click.option("--scheme", type=click.Choice(["sym", "asym"]), default="sym", help="Without or with zero points.")
-@click.option("--method", type=click.Choice(NAMES), default=DEFAULT_METHOD, help="How scales and codes are chosen.")
+@click.option("--group-size", type=int, help="Columns that share a scale: a multiple of 8, or -1 for whole rows.  "
+              f"[default: {DEFAULT_GROUP_SIZE}]")  # fmt: skip
+@click.option("--scheme", type=click.Choice(["sym", "asym"]), help="Without or with zero points.  [default: sym]")
+@click.option("--method", type=click.Choice(NAMES), help="How scales and codes are chosen.  "
+              f"[default: {DEFAULT_METHOD}]")  # fmt: skip
 @click.option("--calibration", metavar="TEXT", help="A UTF-8 file, or wikitext2, to run the model on: gptq needs it.")
 @click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, help="Tokens of it, at most.")
 @click.option("--seq-len", default=512, help="Tokens in a window of the calibration.")
@@ -60,9 +61,9 @@ NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 def command(
     model: str,
     out_dir: Path,
-    group_size: int,
-    scheme: str,
-    method: str,
+    group_size: int | None,
+    scheme: str | None,
+    method: str | None,
     calibration: str | None,
     calibration_tokens: int,
     seq_len: int,
@@ -79,10 +80,12 @@ def command(
 ) -> None:
     """Convert MODEL, a checkpoint folder or a Hugging Face Hub id, to packed int4 in OUT_DIR.
 
+    A model that is in int4 already (compressed-tensors, GPTQ, AWQ, MLX) is taken over as it is, in its groups.
+
     PATTERN is a glob on the name of a tensor or its module, or a regular expression after "re:".
     """
     ranks = click.get_current_context().with_resource(joined_ranks())
-    _check_options(method, calibration, low_disk=low_disk, ranks=ranks)
+    _check_options(method or DEFAULT_METHOD, calibration, low_disk=low_disk, ranks=ranks)
     chosen = parse_devices(local_device(ranks) if devices is None else devices)
     staging = out_dir / STAGING_NAME if low_disk else None
     source = open_source(model, revision, staging=staging, headers_only=dry_run, quiet=quiet)
@@ -91,13 +94,15 @@ def command(
         text = calibration_text(calibration)
         windows = drawn_windows(tokenize(source.folder, text), seq_len, max(1, calibration_tokens // seq_len), seed)
         text_record = CalibrationRecord(hashlib.sha256(text.encode()).hexdigest(), len(windows), seq_len, seed)
-    recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude, text_record)
+    symmetric = None if scheme is None else scheme == "sym"
+    recipe = recipe_for(source, group_size, symmetric, method, include, exclude, text_record)
     plan = make_plan(source, recipe)
     if dry_run:
         _print_plan(plan, source, as_json)
         return
     keep_freed_memory()
-    warm_up(plan, chosen)
+    if source.layout is None:
+        warm_up(plan, chosen)
     # disable=None: a bar only where someone watches it.
     disable = True if quiet or not ranks.leads else None
     layers = tqdm(unit="layer", desc="calibrating", disable=True if windows is None else disable)

@@ -64,8 +64,14 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     nothing would be quantised.
     """
     model_type = str((source.config or {}).get("model_type", ""))
+
+    def decide(name: str, spec: TensorSpec) -> TensorPlan:
+        if source.layout is not None:
+            return _take_over(name, spec, source, recipe)
+        return _decide(name, spec, model_type, recipe)
+
     shards = tuple(
-        ShardPlan(shard, output, tuple(_decide(name, spec, model_type, recipe) for name, spec in tensors.items()))
+        ShardPlan(shard, output, tuple(decide(name, spec) for name, spec in tensors.items()))
         for (shard, tensors), output in zip(source.shards.items(), _output_names(len(source.shards)), strict=True)
     )
     plan = Plan(recipe, shards)
@@ -87,6 +93,14 @@ def _decide(name: str, spec: TensorSpec, model_type: str, recipe: Recipe) -> Ten
         kept = kept_by_default(name)
     reason = kept or (f"included by {include}" if include else LINEAR)
     return TensorPlan(name, spec, kept is None, reason, stored_tensors(name, spec, recipe.scheme if not kept else None))
+
+
+def _take_over(name: str, spec: TensorSpec, source: Source, recipe: Recipe) -> TensorPlan:
+    """What becomes of a tensor of a source that is in int4 already: it stays what it is."""
+    if name in source.packed:
+        return TensorPlan(name, spec, True, source.packed[name].reason, stored_tensors(name, spec, recipe.scheme))
+    reason = never_quantized(name, spec) or kept_by_default(name) or "not int4 in the source"
+    return TensorPlan(name, spec, False, reason, stored_tensors(name, spec, None))
 
 
 def _first_match(patterns: Sequence[str], name: str) -> str | None:

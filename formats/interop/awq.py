@@ -62,7 +62,8 @@ class Awq(Layout):
             zero = torch.zeros_like(matrix.scale, dtype=torch.int8)
         else:
             zero = unpack_zero_point(matrix.zero_point, rows)
-        codes, zero, scale = mirrored(unpack(matrix.packed, columns), zero, matrix.scale, matrix.scale < 0)
+        width, turned = self.scheme.group_width(columns), matrix.scale < 0
+        codes, zero, scale = mirrored(unpack(matrix.packed, columns), zero, matrix.scale, turned, width)
         return {QWEIGHT: _packed(codes), QZEROS: _packed(zero), SCALES: scale.T.contiguous()}
 
     def restore(self, parts: Parts) -> Quantized:
