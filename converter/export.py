@@ -70,7 +70,7 @@ def export(
         for shard, specs in files.items():
             with publish(out_dir / _file_name(shard)) as file, Writer(file, specs, layout.metadata) as writer:
                 for row, tensors in checkpoint.read_shard(shard):
-                    parts = dict.fromkeys([row.name], tensors[0])
+                    parts = {row.name: tensors[0]}
                     if row.quantized:
                         parts, same_signs = _relaid(row, tensors, layout, checkpoint)
                         proofs.append(same_signs)
@@ -87,9 +87,8 @@ def export(
             with publish(out_dir / name) as file:
                 file.copy(checkpoint.folder / name, checkpoint.roots)
         publish_bytes(out_dir / CONFIG_NAME, _json(config))
-    sizes = checkpoint.manifest.sizes
-    size = layout.scheme.group_size
-    return Exported(to, size, sizes.quantized, len(proofs), sizes.kept, total, all(proofs))
+    found, size = checkpoint.manifest.sizes, layout.scheme.group_size
+    return Exported(to, size, found.quantized, len(proofs), found.kept, total, all(proofs))
 
 
 def layout_for(checkpoint: Checkpoint, to: str, group_size: int | None) -> Layout:

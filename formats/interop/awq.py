@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from formats.codec import Quantized, pack, unpack, unpack_zero_point
-from formats.interop.base import Layout, Parts, group_setting, multiple_of_eight, nibbles, setting, widened
+from formats.interop.base import Layout, Parts, group_setting, multiple_of_eight, nibbles, setting, widened, words_of
 from formats.interop.signs import mirrored
 from formats.layout import BITS, CODES_PER_WORD, Scheme, TensorSpec
 
@@ -74,7 +74,7 @@ class Awq(Layout):
     def decode(self, parts: Parts, rows: slice) -> Tensor:
         """See `Layout`."""
         columns = len(parts[QWEIGHT])
-        codes, zero = (_rows(nibbles(parts[name])).T[rows].float() for name in (QWEIGHT, QZEROS))
+        codes, zero = (_rows(nibbles(parts[name][:, words_of(rows)])).T.float() for name in (QWEIGHT, QZEROS))
         return (codes - widened(zero, columns)) * widened(parts[SCALES].T[rows].float(), columns)
 
     def config(self, quantized: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from formats.codec import Quantized
 from formats.errors import CheckpointError
-from formats.layout import BITS, CODES_PER_WORD, ROW_WISE, Scheme, TensorSpec
+from formats.layout import BITS, CODES_PER_WORD, ROW_WISE, Scheme, TensorSpec, ceil_div
 
 Parts = Mapping[str, Tensor]  # the tensors of one matrix, by what stands behind the name of its module
 
@@ -76,6 +76,11 @@ def nibbles(words: Tensor) -> Tensor:
     """int32 [R, W] → the nibbles of each word from its low bits up, uint8 [R, 8W]: by shifts, unlike the codec."""
     shifts = torch.arange(0, BITS * CODES_PER_WORD, BITS, dtype=torch.int32)
     return (words.unsqueeze(-1) >> shifts & 0xF).to(torch.uint8).flatten(1)
+
+
+def words_of(rows: slice) -> slice:
+    """The words that hold `rows`, which begin with a whole word, where rows are packed."""
+    return slice(rows.start // CODES_PER_WORD, ceil_div(rows.stop, CODES_PER_WORD))
 
 
 def widened(groups: Tensor, columns: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from formats.codec import Quantized
 from formats.errors import CheckpointError
-from formats.interop.base import Layout, Parts, group_setting, nibbles, setting, widened
+from formats.interop.base import Layout, Parts, group_setting, nibbles, setting, widened, words_of
 from formats.layout import BITS, CODE_MIN, CODES_PER_WORD, ROW_WISE, Scheme, TensorSpec, ceil_div
 
 PACKED, SCALE, SHAPE, ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
@@ -97,7 +97,7 @@ class CompressedTensors(Layout):
         columns = int(parts[SHAPE][1])
         codes = nibbles(parts[PACKED][rows])[:, :columns].float() + CODE_MIN
         if ZERO_POINT in parts:
-            zero = nibbles(parts[ZERO_POINT].T)[:, rows].T.float() + CODE_MIN
+            zero = nibbles(parts[ZERO_POINT][words_of(rows)].T).T[: len(codes)].float() + CODE_MIN
             codes = codes - widened(zero, columns)
         return codes * widened(parts[SCALE][rows].float(), columns)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from formats.codec import Quantized, pack
 from formats.errors import CheckpointError
-from formats.interop.base import Layout, Parts, group_setting, multiple_of_eight, nibbles, setting
+from formats.interop.base import Layout, Parts, group_setting, multiple_of_eight, nibbles, setting, words_of
 from formats.layout import BITS, CODE_MIN, CODES_PER_WORD, Scheme, TensorSpec
 
 QWEIGHT, QZEROS, SCALES, G_IDX = "qweight", "qzeros", "scales", "g_idx"
@@ -96,7 +96,7 @@ class Gptq(Layout):
     def decode(self, parts: Parts, rows: slice) -> Tensor:
         """See `Layout`."""
         groups = parts[G_IDX].long() if G_IDX in parts else self._in_order(parts[QWEIGHT].shape[0] * CODES_PER_WORD)
-        zero = nibbles(parts[QZEROS])[:, rows].float() + VERSIONS[self.version]
+        zero = nibbles(parts[QZEROS][:, words_of(rows)]).float() + VERSIONS[self.version]
         codes = nibbles(parts[QWEIGHT][:, rows].T).T.float()  # [K, R]
         return ((codes - zero[groups]) * parts[SCALES][:, rows].float()[groups]).T
 

@@ -7,7 +7,7 @@ from formats.errors import CheckpointError
 from formats.interop.base import Layout, Parts
 from formats.layout import CODES_PER_WORD, Scheme
 
-BLOCK_WEIGHTS = 1 << 22
+BLOCK_WEIGHTS = 1 << 20  # of which the numbers on their way stay in a cache
 
 
 def prove(layout: Layout, parts: Parts, matrix: Quantized, columns: int, scheme: Scheme) -> bool:
