@@ -30,12 +30,16 @@ BATCH_TOKENS = 4096  # in a forward pass of a layer
 
 @dataclass(frozen=True)
 class LayerReport:
-    """A layer that is done: its place, its mean output error, and the matrices that had too few tokens."""
+    """A layer that is done: its place, its mean output error, and what went by `search`.
+
+    Those are the matrices that had too few tokens, and those that are no linear layers of torch: stacks and Conv1D.
+    """
 
     index: int
     count: int
     output_error: float
     too_few: tuple[str, ...]
+    other: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,9 @@ class Calibration:
         self.method = CALIBRATED[plan.recipe.method]
         self.scheme = plan.recipe.scheme
         self.device = device
-        matrices = {tensor.name for tensor in plan.tensors if tensor.quantized}
+        quantized = [tensor for tensor in plan.tensors if tensor.quantized]
+        self.other = [tensor.name for tensor in quantized if len(tensor.spec.shape) != 2 or tensor.transposed]
+        matrices = {tensor.name for tensor in quantized} - set(self.other)
         self.model: Any = build(source.folder, torch.float32, stored=torch.float32)
         self.prefix, self.layers = decoder_layers(self.model, matrices)
         self.matrices = {name for name in matrices if name.startswith(self.prefix)}
@@ -85,7 +91,8 @@ class Calibration:
                 original[i] = self.forward(calls[index], layer, original[i])
                 current[i] = self.forward(calls[index], rounded, current[i])
             errors = [matrix.output_error for matrix in matrices.values()]
-            yield LayerReport(index, len(self.layers), sum(errors) / max(1, len(errors)), tuple(too_few))
+            other = tuple(name for name in self.other if name.startswith(f"{self.prefix}{index}."))
+            yield LayerReport(index, len(self.layers), sum(errors) / max(1, len(errors)), tuple(too_few), other)
 
     def start(self, windows: Tensor) -> tuple[list[Call], list[Tensor]]:
         """How each layer is called, and the hidden states before the first, in batches on the host."""

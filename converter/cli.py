@@ -151,12 +151,13 @@ def _print_summary(
 
 
 def _show_layer(bar: Any, report: LayerReport) -> None:
-    """A layer more on the bar, and a line where the text was too short for some of it."""
+    """A layer more on the bar, and a line of what calibration did not reach in it."""
     bar.total = report.count
     bar.set_postfix(output_error=f"{report.output_error:.2e}")
     bar.update()
-    if report.too_few and not bar.disable:
-        bar.write(f"too few tokens, so by search: {some(report.too_few)}")
+    for why, names in (("too few tokens", report.too_few), ("no linear layer", report.other)):
+        if names and not bar.disable:
+            bar.write(f"{why}, so by search: {some(names)}")
 
 
 def _sentence(sizes: Sizes) -> str:

@@ -60,16 +60,17 @@ def export(
     the same weights, or the checkpoint is damaged, `OutputError` where writing fails; then `out_dir` is left empty.
     """
     layout = layout_for(checkpoint, to, group_size)
-    files = _files(checkpoint, layout)
+    manifest, files = checkpoint.manifest, _files(checkpoint, layout)
     config = _config(checkpoint, layout)
     side_files = [name for name in checkpoint.files if name not in (*files, INDEX_NAME, CONFIG_NAME)]
     total = sum(spec.nbytes for specs in files.values() for spec in specs.values())
     needed = total + sum(checkpoint.files[name].size for name in side_files) + SPARE_BYTES
-    with new_folder(out_dir, checkpoint.folder, needed):
+    with new_folder(out_dir, checkpoint.folder, needed), checkpoint.opened() as stored:
         proofs: list[bool] = []
         for shard, specs in files.items():
             with publish(out_dir / _file_name(shard)) as file, Writer(file, specs, layout.metadata) as writer:
-                for row, tensors in checkpoint.read_shard(shard):
+                for row in (row for row in manifest.tensors if row.file == shard):
+                    tensors = [stored[name].read() for name in row.stored(manifest.recipe.scheme)]
                     parts = {row.name: tensors[0]}
                     if row.quantized:
                         parts, same_signs = _relaid(row, tensors, layout, checkpoint)
@@ -87,7 +88,7 @@ def export(
             with publish(out_dir / name) as file:
                 file.copy(checkpoint.folder / name, checkpoint.roots)
         publish_bytes(out_dir / CONFIG_NAME, _json(config))
-    found, size = checkpoint.manifest.sizes, layout.scheme.group_size
+    found, size = manifest.sizes, layout.scheme.group_size
     return Exported(to, size, found.quantized, len(proofs), found.kept, total, all(proofs))
 
 
@@ -100,8 +101,11 @@ def layout_for(checkpoint: Checkpoint, to: str, group_size: int | None) -> Layou
     wanted = scheme if group_size is None else Scheme(group_size, scheme.symmetric)
     for row in _matrices(checkpoint.manifest):
         where = f"{checkpoint.folder}: tensor {row.name!r}"
-        if len(row.shape) != 2:
-            raise CheckpointError(f"{where}: is {len(row.shape)}-D, which int4-export does not write yet; exclude it")
+        if row.features:
+            raise CheckpointError(
+                f"{where}: is stored as {some(sorted(row.features))}, which no target is written with yet; convert the "
+                "model again with --exclude of it"
+            )
         if not can_split(row.shape[1], scheme, wanted.group_size):
             raise CheckpointError(
                 f"{where}: its groups of {scheme.group_size} in {row.shape[1]} columns cannot be split into equal ones "
@@ -143,7 +147,8 @@ def _matrices(manifest: Manifest) -> list[TensorRecord]:
 
 
 def _module(row: TensorRecord) -> str:
-    return row.name.removesuffix(WEIGHT)
+    """The module of a weight; of fused experts, which are parameters of theirs, the one that holds them."""
+    return row.name.removesuffix(WEIGHT) if row.name.endswith(WEIGHT) else row.name.rpartition(".")[0]
 
 
 def _group_advice(manifest: Manifest) -> str:
@@ -206,7 +211,7 @@ def _config(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
         config.pop("quantization_config", None)
     rows = checkpoint.manifest.tensors
     kept = [_module(row) for row in rows if not row.quantized and never_quantized(row.name, row.spec) is None]
-    return {**config, **layout.config([_module(row) for row in rows if row.quantized], kept)}
+    return {**config, **layout.config([_module(row) for row in rows if row.quantized], [*dict.fromkeys(kept)])}
 
 
 def _json(value: dict[str, Any]) -> bytes:

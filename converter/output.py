@@ -37,6 +37,7 @@ from formats.manifest import (
     FileRecord,
     Manifest,
     SourceRecord,
+    features_of,
     read_manifest,
 )
 from formats.records import to_json
@@ -126,12 +127,13 @@ class OutputDir:
         written = {**self._records.read(), **self._shards}  # of other processes too
         shards = [written[shard.output] for shard in self.plan.shards]
         files = [*self._files, *(shard.file for shard in shards)]
+        rows = tuple(row for shard in shards for row in shard.tensors)
         manifest = Manifest(
             FORMAT_VERSION,
-            (),
+            features_of(rows),
             replace(self._source_record(), files=tuple(shard.source for shard in shards)),
             self.plan.recipe,
-            tuple(row for shard in shards for row in shard.tensors),
+            rows,
             tuple(sorted(files, key=lambda file: file.name)),
         ).sealed()
         publish_bytes(self.folder / JOURNAL_NAME, manifest.to_bytes())

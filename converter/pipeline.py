@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def convert_shard(
                 try:
                     parts = list(tensor.convert(chunk))
                 except NonFiniteError:
-                    check_finite(source.read(tensor.plan.name), f"tensor {tensor.plan.name!r}")  # names the place
+                    refuse_bad_weights(source, tensor.plan)
                     raise
                 for name, data in parts:
                     hashing.put(tensor.digests[name].update, data)
@@ -77,17 +78,25 @@ def convert_shard(
         out.record(ShardRecord(FileRecord(shard.output, *writer.finish()), source_file, rows))
 
 
+def refuse_bad_weights(source: Source, tensor: TensorPlan) -> None:
+    """Raise `NonFiniteError` with the place of the first weight of a matrix, or a stack, that is not finite."""
+    for i, matrix in enumerate(source.matrices(tensor.name)):
+        check_finite(matrix, f"tensor {tensor.name!r}" + (f", matrix {i}" if len(tensor.spec.shape) > 2 else ""))
+
+
 def memory_needed(plan: Plan) -> str:
     """In words, about how much memory a conversion takes: what torch does, and what each shard has on its way."""
-    chunks = [min(tensor.spec.nbytes, chunk_bytes(tensor.spec, by_rows=tensor.quantized)) for tensor in plan.tensors]
-    shard = (CHUNKS + WAITING) * max(chunks)
+    units = [(tensor, unit_rows(tensor) if tensor.quantized else None) for tensor in plan.tensors]
+    chunks = [min(tensor.spec.nbytes, chunk_bytes(tensor.spec, rows)) for tensor, rows in units]
+    later = [sum(part.nbytes for part in [*tensor.stored.values()][1:]) for tensor in plan.tensors]
+    shard = (CHUNKS + WAITING) * max(chunks) + max(later)
     total = (TORCH_BYTES + shard) / 1e9
     return f"about {total:.1f} GB of memory, and {shard / 1e6:,.0f} MB for each other shard at work"
 
 
 def warm_up(plan: Plan, devices: Sequence[torch.device]) -> None:
     """Compile the kernels that `plan` needs on every GPU, before threads would all do it at once."""
-    kinds = {(tensor.spec.dtype, tensor.spec.shape[1]) for tensor in plan.tensors if tensor.quantized}
+    kinds = {(tensor.spec.dtype, tensor.matrix.shape[-1]) for tensor in plan.tensors if tensor.quantized}
     recipe = plan.recipe
     for device in {device for device in devices if device.type == "cuda"}:
         for dtype, columns in kinds:
@@ -96,10 +105,23 @@ def warm_up(plan: Plan, devices: Sequence[torch.device]) -> None:
             sums(weight, quantized, recipe.scheme)
 
 
-def chunk_bytes(spec: TensorSpec, *, by_rows: bool) -> int:
-    """Of a tensor on its way at once; `by_rows` 8 rows, along which zero points are packed, or a multiple of them."""
-    unit = max(1, CODES_PER_WORD * spec.nbytes // max(1, spec.shape[0])) if by_rows else 1
+def chunk_bytes(spec: TensorSpec, rows: int | None) -> int:
+    """Of a tensor on its way at once: so many `rows`, or a multiple of them, or without them any number of bytes."""
+    unit = 1 if rows is None else max(1, rows * spec.shape[-1] * DTYPE_BYTES[spec.dtype])
     return max(1, CHUNK_BYTES // unit) * unit
+
+
+def is_whole(tensor: TensorPlan) -> bool:
+    """Whether the matrices of a tensor are worked on each for itself, and whole.
+
+    To be turned, or because words of zero points would reach from one of a stack into the next.
+    """
+    return tensor.transposed or (len(tensor.spec.shape) > 2 and tensor.spec.shape[-2] % CODES_PER_WORD != 0)
+
+
+def unit_rows(tensor: TensorPlan) -> int:
+    """Stored rows that are worked on together: a matrix, or 8, along which zero points are packed."""
+    return tensor.spec.shape[-2] if is_whole(tensor) else CODES_PER_WORD
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
@@ -111,7 +133,7 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
 
 def spans(entry: Entry, tensor: "Conversion | Relayout | None") -> Iterator[tuple[int, int]]:
     """The bytes of a stored tensor in chunks; nothing becomes of one without a `tensor`."""
-    step = chunk_bytes(entry.spec, by_rows=tensor is not None and tensor.by_rows)
+    step = chunk_bytes(entry.spec, None if tensor is None else tensor.unit)
     for start in range(entry.start, entry.end, step):
         yield start, min(start + step, entry.end)
 
@@ -164,9 +186,9 @@ class Conversion:
         return 1 if self._decode is None else DTYPE_BYTES[self.plan.spec.dtype]
 
     @property
-    def by_rows(self) -> bool:
-        """Whether it is worked on by whole rows."""
-        return self.plan.quantized or self._decode is not None
+    def unit(self) -> int | None:
+        """Stored rows that are worked on together; None where bytes are copied."""
+        return unit_rows(self.plan) if self.plan.quantized or self._decode is not None else None
 
     def convert(self, chunk: memoryview) -> Iterator[tuple[str, Bytes]]:
         """What is to be written for the next bytes of the tensor, by the names of the tensors stored for it.
@@ -174,10 +196,10 @@ class Conversion:
         Packed words come at once; scales and zero points, which stand behind them, with the last chunk. Raises
         `NonFiniteError` for weights that are not finite, or overflow as int4.
         """
-        if not self.by_rows:
+        if self.unit is None:
             yield self.plan.name, bytes(chunk)  # a copy, because the chunk's place is used again
             return
-        rows, columns = self.plan.spec.shape
+        columns = self.plan.spec.shape[-1]
         kind = self.plan.spec.dtype if self._decode is None else FP8
         weight = tensor_from(chunk, TensorSpec(kind, (len(chunk) // (columns * DTYPE_BYTES[kind]), columns)))
         if not self.plan.quantized:
@@ -192,7 +214,7 @@ class Conversion:
             yield first, bytes_of(packed)
             for name, tensor in zip(others, rest, strict=True):
                 self._later[name] += bytes_of(tensor)
-        if self._rows == rows:
+        if self._rows == prod(self.plan.matrix.shape[:-1]):
             if not self._sums.isfinite().all():
                 raise NonFiniteError(
                     f"tensor {self.plan.name!r}: its weights overflow fp32 once they are rounded to int4; expected "
@@ -204,23 +226,37 @@ class Conversion:
             yield from self._later.items()
 
     def _as_meant(self, weight: Tensor) -> Tensor:
-        """The next rows, as the model has them."""
-        return weight if self._decode is None else self._decode(weight, self._rows)
+        """The next stored rows, as the model has them."""
+        if self._decode is None or weight.dtype != TORCH_DTYPES[FP8]:
+            return weight
+        return self._decode(weight, self._rows)
 
     def record(self, file: str) -> TensorRecord:
         """The row of the manifest, once all is hashed."""
         plan, spec = self.plan, self.plan.spec
         digests = tuple(digest.hexdigest() for digest in self.digests.values())
-        return TensorRecord(plan.name, spec.dtype, spec.shape, plan.quantized, plan.reason, file, digests, self._error)
+        return TensorRecord(
+            plan.name, spec.dtype, spec.shape, plan.quantized, plan.reason, file, digests, self._error, plan.transposed
+        )
 
-    def _quantized(self, weight: Tensor) -> Iterator[Quantized]:
-        """The next rows of the matrix, quantised in blocks that suit the device.
+    def _quantized(self, stored: Tensor) -> Iterator[Quantized]:
+        """The next stored rows, quantised in blocks that suit the device.
 
         Groups lie within rows, so the size of the blocks changes no byte.
         """
-        rows = ceil_div(block_weights(self._device), weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
-        for part in torch.split(weight, rows):
-            yield from self._block(part)
+        for part in torch.split(stored, unit_rows(self.plan) if is_whole(self.plan) else len(stored)):
+            weight = self._turned(part) if self.plan.transposed else part
+            rows = ceil_div(block_weights(self._device), weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
+            for block in torch.split(weight, rows):
+                yield from self._block(block)
+
+    def _turned(self, stored: Tensor) -> Tensor:
+        """A stored matrix [K, N] as [N, K], on the device, or on the host where its memory does not suffice."""
+        try:
+            return self._as_meant(stored.to(self._device)).mT.contiguous()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return self._as_meant(stored).mT.contiguous()
 
     def _block(self, weight: Tensor) -> Iterator[Quantized]:
         """A block, or its halves where the memory of the GPU does not suffice."""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from converter.orientation import orientations
 from converter.source import Source
 from formats.errors import CheckpointError, UsageError
 from formats.layout import TensorSpec, stored_tensors
@@ -11,18 +12,28 @@ from formats.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_SUFFIX, Recipe
 from formats.selection import kept_by_default, matches, never_quantized
 from formats.sizes import Sizes, sizes_of
 
-LINEAR = "linear layer"
+LINEAR, CONV1D, FUSED_EXPERTS = "linear layer", "Conv1D", "fused experts"
+TURNED, UNKNOWN = ", stored [in, out]", ", stored [out, in] or [in, out]: neither shapes nor config.json tell"
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the source, and what becomes of it: `stored` are the tensors written for it."""
+    """One tensor of the source, and what becomes of it: `stored` are the tensors written for it.
+
+    Those of one that is `transposed`, [K, N] or [E, K, N], are of its matrices turned.
+    """
 
     name: str
     spec: TensorSpec
     quantized: bool
+    transposed: bool
     reason: str
     stored: dict[str, TensorSpec]
+
+    @property
+    def matrix(self) -> TensorSpec:
+        """Type and shape with rows of output features: [N, K], or [E, N, K] of a stack."""
+        return self.spec.turned if self.transposed else self.spec
 
 
 @dataclass(frozen=True)
@@ -63,12 +74,13 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     Raises `UsageError` for a pattern that matches or changes nothing, `CheckpointError` where names would collide or
     nothing would be quantised.
     """
-    model_type = str((source.config or {}).get("model_type", ""))
+    everything = {name: spec for tensors in source.shards.values() for name, spec in tensors.items()}
+    turned = orientations(everything, source.config)
 
     def decide(name: str, spec: TensorSpec) -> TensorPlan:
         if source.layout is not None:
             return _take_over(name, spec, source, recipe)
-        return _decide(name, spec, model_type, recipe)
+        return _decide(name, spec, turned.get(name, False), recipe)
 
     shards = tuple(
         ShardPlan(shard, output, tuple(decide(name, spec) for name, spec in tensors.items()))
@@ -84,23 +96,30 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     return plan
 
 
-def _decide(name: str, spec: TensorSpec, model_type: str, recipe: Recipe) -> TensorPlan:
+def _decide(name: str, spec: TensorSpec, transposed: bool | None, recipe: Recipe) -> TensorPlan:
     include, exclude = _first_match(recipe.include, name), _first_match(recipe.exclude, name)
-    kept = never_quantized(name, spec, model_type)
+    kept = never_quantized(name, spec)
+    if kept is None and transposed is None:
+        kept = FUSED_EXPERTS + UNKNOWN
     if kept is None and exclude:
         kept = f"excluded by {exclude}"
     if kept is None and not include:
         kept = kept_by_default(name)
-    reason = kept or (f"included by {include}" if include else LINEAR)
-    return TensorPlan(name, spec, kept is None, reason, stored_tensors(name, spec, recipe.scheme if not kept else None))
+    if kept is not None:
+        return TensorPlan(name, spec, False, False, kept, stored_tensors(name, spec, None))
+    kind = FUSED_EXPERTS if len(spec.shape) == 3 else CONV1D if transposed else LINEAR
+    reason = f"included by {include}" if include else kind + (TURNED if transposed else "")
+    matrix = spec.turned if transposed else spec
+    return TensorPlan(name, spec, True, bool(transposed), reason, stored_tensors(name, matrix, recipe.scheme))
 
 
 def _take_over(name: str, spec: TensorSpec, source: Source, recipe: Recipe) -> TensorPlan:
     """What becomes of a tensor of a source that is in int4 already: it stays what it is."""
     if name in source.packed:
-        return TensorPlan(name, spec, True, source.packed[name].reason, stored_tensors(name, spec, recipe.scheme))
+        reason, stored = source.packed[name].reason, stored_tensors(name, spec, recipe.scheme)
+        return TensorPlan(name, spec, True, False, reason, stored)
     reason = never_quantized(name, spec) or kept_by_default(name) or "not int4 in the source"
-    return TensorPlan(name, spec, False, reason, stored_tensors(name, spec, None))
+    return TensorPlan(name, spec, False, False, reason, stored_tensors(name, spec, None))
 
 
 def _first_match(patterns: Sequence[str], name: str) -> str | None:

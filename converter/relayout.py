@@ -21,7 +21,7 @@ class Relayout:
     """
 
     growth = GROWTH
-    by_rows = False
+    unit = None  # bytes, as they come
 
     def __init__(self, plan: TensorPlan, recipe: Recipe, source: Source) -> None:
         self.plan = plan

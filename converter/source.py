@@ -97,6 +97,19 @@ class Source:
             tensor = tensor_from(container.read(name), container.tensors[name].spec)
         return self.fp8[name].decode(tensor, 0, self.read_scales(name)) if name in self.fp8 else tensor
 
+    def matrices(self, name: str) -> Iterator[Tensor]:
+        """The matrices of a tensor as the model has them, one after the other: a stack may be larger than memory."""
+        with self.open(self.shard_of[name]) as container:
+            entry = container.tensors[name]
+            if len(entry.spec.shape) == 2:
+                yield self.read(name)
+                return
+            spec = TensorSpec(entry.spec.dtype, entry.spec.shape[1:])
+            for start in range(entry.start, entry.end, spec.nbytes):
+                data = bytearray(spec.nbytes)
+                container.read_into(memoryview(data), start)
+                yield tensor_from(data, spec)
+
     def read_scales(self, name: str) -> Tensor:
         """The scales of a tensor in FP8."""
         stored = self.fp8[name]

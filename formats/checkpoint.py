@@ -2,10 +2,12 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +17,19 @@ from formats.container import Container
 from formats.errors import CheckpointError
 from formats.files import hash_file, link_roots
 from formats.layout import SCALE, TensorSpec
-from formats.manifest import SHARD_METADATA, FileRecord, Manifest, TensorRecord, read_manifest
+from formats.manifest import SHARD_METADATA, FileRecord, Manifest, read_manifest
 from formats.tensors import TORCH_DTYPES, view_of
 
 READING_THREADS = 8  # one alone hashes more slowly than a disk reads
 PIECE_BYTES = 16 << 20  # of a tensor, on its way to a GPU
 AHEAD_BYTES = 1 << 31  # of tensors that are read before they are asked for
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint that is open: its type and shape, and what reads it."""
+
+    spec: TensorSpec
+    read: Callable[[], Tensor]
 
 
 class Checkpoint:
@@ -49,33 +58,30 @@ class Checkpoint:
     ) -> Iterator[tuple[str, TensorSpec, Tensor]]:
         """Yield every stored tensor, the largest first, on `device` (or the CPU); with `verify` its SHA-256 is checked.
 
-        Several are read and hashed at once. Raises `CheckpointError` on a header that differs from the manifest, a
-        wrong digest, a bad scale or a file that changes meanwhile.
+        Several are read and hashed at once. Raises `CheckpointError` as `opened` does.
         """
         reads: deque[tuple[str, TensorSpec, Future[Tensor]]] = deque()
-        with ExitStack() as stack, ThreadPoolExecutor(READING_THREADS) as pool:
-            containers = [self._container(stack, *shard) for shard in self.manifest.shards.items()]
-            entries = [(container, name) for container in containers for name in container.tensors]
-            for container, name in sorted(entries, key=lambda entry: -entry[0].tensors[entry[1]].spec.nbytes):
-                spec = container.tensors[name].spec
-                reads.append((name, spec, pool.submit(self._read, container, name, verify, device)))
+        with self.opened(verify, device) as stored, ThreadPoolExecutor(READING_THREADS) as pool:
+            for name, (spec, read) in sorted(stored.items(), key=lambda item: -item[1].spec.nbytes):
+                reads.append((name, spec, pool.submit(read)))
                 while sum(spec.nbytes for _, spec, _ in reads) > AHEAD_BYTES:
                     yield _first(reads)
             while reads:
                 yield _first(reads)
 
-    def read_shard(self, shard: str) -> Iterator[tuple[TensorRecord, list[Tensor]]]:
-        """Yield the rows of one shard, each with its stored tensors, in the order of the manifest.
+    @contextmanager
+    def opened(self, verify: bool = True, device: torch.device | None = None) -> Iterator[dict[str, StoredTensor]]:
+        """Every stored tensor by its name, to be read onto `device` (or the CPU), by any thread, as long as this lasts.
 
-        One row is in memory at a time. Everything is checked, and raised, as by `stream`.
+        Raises `CheckpointError` on a header that differs from the manifest; reading does with `verify` on a wrong
+        SHA-256, and on a bad scale; the end on a file that has changed meanwhile.
         """
-        scheme = self.manifest.recipe.scheme
-        rows = {row: row.stored(scheme) for row in self.manifest.tensors if row.file == shard}
         with ExitStack() as stack:
-            specs = {name: spec for stored in rows.values() for name, spec in stored.items()}
-            container = self._container(stack, shard, specs)
-            for row, stored in rows.items():
-                yield row, [self._read(container, name, True, None) for name in stored]
+            yield {
+                name: StoredTensor(entry.spec, partial(self._read, container, name, verify, device))
+                for container in self._containers(stack)
+                for name, entry in container.tensors.items()
+            }
 
     def verify(self) -> None:
         """Check every byte of every listed file; raises `CheckpointError` at the first that is wrong."""
@@ -86,13 +92,14 @@ class Checkpoint:
             for name, digest in zip(self.files, found, strict=True):
                 self._check_digest(name, digest)
 
-    def _container(self, stack: ExitStack, shard: str, specs: dict[str, TensorSpec]) -> Container:
-        """A shard, opened until `stack` ends, which sees that it has not changed meanwhile."""
-        path = self.folder / shard
-        container = stack.enter_context(Container(path, self.roots))
-        stack.callback(container.refuse_changed)
-        _compare(specs, container, path)
-        return container
+    def _containers(self, stack: ExitStack) -> Iterator[Container]:
+        """Every shard, opened until `stack` ends, which sees that none has changed meanwhile."""
+        for shard, specs in self.manifest.shards.items():
+            path = self.folder / shard
+            container = stack.enter_context(Container(path, self.roots))
+            stack.callback(container.refuse_changed)
+            _compare(specs, container, path)
+            yield container
 
     def _read(self, container: Container, name: str, verify: bool, device: torch.device | None) -> Tensor:
         digest = hashlib.sha256() if verify else None

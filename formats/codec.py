@@ -1,7 +1,8 @@
 """The definition of the numbers, in plain torch: what codes, scales and zero points are and how they are packed.
 
 Every kernel of this project must agree with this module bit for bit. W ≈ (code − zero) · scale, group by group.
-N = rows, K = columns, G = groups in a row (see SPEC.md).
+N = rows, K = columns, G = groups in a row (see SPEC.md). Where [N, K] stands, a stack [E, N, K] will do too: each
+of its matrices is as it would be alone.
 """
 
 from dataclasses import dataclass
@@ -43,40 +44,41 @@ class Quantized:
 
 def pack(codes: Tensor) -> Tensor:
     """Codes −8..7 as int8 [N, K] → words int32 [N, ceil(K/8)]; word w holds columns 8w.. from its low bits up."""
-    rows, columns = codes.shape
+    *rows, columns = codes.shape
     words = ceil_div(columns, CODES_PER_WORD)
     nibbles = padded(codes, words * CODES_PER_WORD).sub(CODE_MIN).to(torch.uint8)
-    octets = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
-    return octets.flatten().view(torch.int32).view(rows, words)  # little-endian, as every machine that torch runs on
+    octets = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    return octets.flatten().view(torch.int32).view(*rows, words)  # little-endian, as every machine that torch runs on
 
 
 def unpack(words: Tensor, columns: int) -> Tensor:
     """Words int32 [N, ceil(K/8)] → codes int8 [N, K]: the inverse of `pack`."""
+    *rows, count = words.shape
     octets = words.flatten().view(torch.uint8)
-    nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1).view(words.shape[0], -1)
-    return (nibbles.to(torch.int8) + CODE_MIN)[:, :columns]
+    nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1).view(*rows, count * CODES_PER_WORD)
+    return (nibbles.to(torch.int8) + CODE_MIN)[..., :columns]
 
 
 def pack_zero_point(zero: Tensor) -> Tensor:
     """Zero points −8..7 as int8 [N, G] → words int32 [ceil(N/8), G], packed along N."""
-    return pack(zero.T).T.contiguous()
+    return pack(zero.mT).mT.contiguous()
 
 
 def unpack_zero_point(words: Tensor, rows: int) -> Tensor:
     """Words int32 [ceil(N/8), G] → zero points int8 [N, G]."""
-    return unpack(words.T, rows).T
+    return unpack(words.mT, rows).mT
 
 
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     """[N, K] → [N, G, group width]; a short last group is filled up with zeros."""
-    columns = weight.shape[1]
+    *rows, columns = weight.shape
     width, groups = scheme.group_width(columns), scheme.groups(columns)
-    return padded(weight, groups * width).reshape(weight.shape[0], groups, width)
+    return padded(weight, groups * width).reshape(*rows, groups, width)
 
 
 def padded(x: Tensor, columns: int) -> Tensor:
     """x [N, K], filled up with zeros to so many columns; F.pad would copy it even where none is missing."""
-    return x if x.shape[1] == columns else F.pad(x, (0, columns - x.shape[1]))
+    return x if x.shape[-1] == columns else F.pad(x, (0, columns - x.shape[-1]))
 
 
 def as_stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
@@ -108,7 +110,7 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -
     codes = torch.round(grouped(weight, scheme) / scale.float().unsqueeze(-1))
     if zero is not None:
         codes += zero.unsqueeze(-1)
-    return codes.clamp_(CODE_MIN, CODE_MAX).to(torch.int8).flatten(1)[:, : weight.shape[1]]
+    return codes.clamp_(CODE_MIN, CODE_MAX).to(torch.int8).flatten(-2)[..., : weight.shape[-1]]
 
 
 def encoded(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Quantized:
@@ -131,9 +133,9 @@ def dequantize(quantized: Quantized, columns: int, scheme: Scheme, dtype: torch.
     """(code − zero) · scale as `dtype` [N, K]; the product is formed in fp32 and rounded once."""
     codes = grouped(unpack(quantized.packed, columns).float(), scheme)
     if quantized.zero_point is not None:
-        codes = codes - unpack_zero_point(quantized.zero_point, codes.shape[0]).unsqueeze(-1)
+        codes = codes - unpack_zero_point(quantized.zero_point, codes.shape[-3]).unsqueeze(-1)
     weight = codes * quantized.scale.float().unsqueeze(-1)
-    return weight.flatten(1)[:, :columns].to(dtype)
+    return weight.flatten(-2)[..., :columns].to(dtype)
 
 
 def check_finite(weight: Tensor, where: str = "weight") -> None:
@@ -141,10 +143,11 @@ def check_finite(weight: Tensor, where: str = "weight") -> None:
     if not weight.numel() or weight.abs().amax().isfinite():  # amax passes NaN on; half the time of looking at each
         return
     bad = ~torch.isfinite(weight)
-    row, column = (int(i) for i in bad.nonzero()[0])
+    first = zip(("matrix", "row", "column")[-bad.dim() :], bad.nonzero()[0].tolist(), strict=True)
+    place = ", ".join(f"{name} {i}" for name, i in first)
     raise NonFiniteError(
-        f"{where}: {int(bad.sum())} of {weight.numel()} weights are NaN or infinite, first at row {row}, "
-        f"column {column}; expected finite numbers: repair the source, or keep this tensor with --exclude"
+        f"{where}: {int(bad.sum())} of {weight.numel()} weights are NaN or infinite, first at {place}; "
+        "expected finite numbers: repair the source, or keep this tensor with --exclude"
     )
 
 

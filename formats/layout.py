@@ -41,6 +41,11 @@ class TensorSpec:
         return self.numel * DTYPE_BYTES[self.dtype]
 
     @property
+    def turned(self) -> "TensorSpec":
+        """The same with its last two dimensions exchanged."""
+        return TensorSpec(self.dtype, (*self.shape[:-2], self.shape[-1], self.shape[-2]))
+
+    @property
     def is_possible(self) -> bool:
         """Whether a file could hold it: a known type, and a size that 64 bits count."""
         return (
@@ -84,15 +89,16 @@ class Scheme:
         """Groups in a row of `columns`, the short last one included."""
         return ceil_div(columns, self.group_width(columns))
 
-    def stored(self, name: str, rows: int, columns: int, scale_dtype: str) -> dict[str, TensorSpec]:
-        """The tensors that stand for the matrix `name` [rows, columns], in the order of their bytes."""
+    def stored(self, name: str, shape: tuple[int, ...], scale_dtype: str) -> dict[str, TensorSpec]:
+        """The tensors that stand for `name`, a matrix [N, K] or a stack [E, N, K], in the order of their bytes."""
+        *stack, rows, columns = shape
         groups = self.groups(columns)
         tensors = {
-            name + PACKED: TensorSpec("I32", (rows, ceil_div(columns, CODES_PER_WORD))),
-            name + SCALE: TensorSpec(scale_dtype, (rows, groups)),
+            name + PACKED: TensorSpec("I32", (*stack, rows, ceil_div(columns, CODES_PER_WORD))),
+            name + SCALE: TensorSpec(scale_dtype, (*stack, rows, groups)),
         }
         if not self.symmetric:
-            tensors[name + ZERO_POINT] = TensorSpec("I32", (ceil_div(rows, CODES_PER_WORD), groups))
+            tensors[name + ZERO_POINT] = TensorSpec("I32", (*stack, ceil_div(rows, CODES_PER_WORD), groups))
         return tensors
 
 
@@ -102,8 +108,8 @@ def scale_dtype_for(dtype: str) -> str:
 
 
 def stored_tensors(name: str, spec: TensorSpec, scheme: Scheme | None) -> dict[str, TensorSpec]:
-    """The tensors on disk that stand for the source tensor `name`: by `scheme`, or itself if that is None."""
-    if scheme is None:
-        return {name: spec}
-    rows, columns = spec.shape
-    return scheme.stored(name, rows, columns, scale_dtype_for(spec.dtype))
+    """The tensors on disk that stand for the tensor `name`: by `scheme`, or itself if that is None.
+
+    `spec` of what is quantised has rows of output features: [N, K], or [E, N, K] of a stack.
+    """
+    return {name: spec} if scheme is None else scheme.stored(name, spec.shape, scale_dtype_for(spec.dtype))

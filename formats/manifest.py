@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from formats.container import SUFFIX
 from formats.errors import CheckpointError, UsageError
 from formats.files import link_roots, read_small, safe_name
 from formats.layout import Scheme, TensorSpec, stored_tensors
-from formats.records import from_json, to_json
+from formats.records import flag, from_json, to_json
 from formats.sizes import Sizes, sizes_of
 from formats.strict_json import canonical, parse_object
 
@@ -19,7 +20,8 @@ SHARD_SUFFIX = ".i4" + SUFFIX
 FORMAT_VERSION = 1
 SHARD_METADATA = {"format": "pt", "i4.format_version": str(FORMAT_VERSION)}  # of every shard
 SHA256 = re.compile("[0-9a-f]{64}")
-FEATURES: frozenset[str] = frozenset()  # what a `requires` entry may name in this version
+STACKS, TRANSPOSED = "stacks", "transposed"
+FEATURES = frozenset({STACKS, TRANSPOSED})  # what a `requires` entry may name in this version
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ class ErrorRecord:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor of the source: quantised or kept, and why; `sha256` has a digest for each of its stored tensors."""
+    """One tensor of the source: quantised or kept, and why; `sha256` has a digest for each of its stored tensors.
+
+    What is `transposed` has its input features first in the source, [K, N] or [E, K, N], and is turned as it is stored.
+    """
 
     name: str
     dtype: str
@@ -94,15 +99,27 @@ class TensorRecord:
     file: str
     sha256: tuple[str, ...]
     error: ErrorRecord | None
+    transposed: bool = flag()
 
     @property
     def spec(self) -> TensorSpec:
         """Type and shape in the source."""
         return TensorSpec(self.dtype, self.shape)
 
+    @property
+    def matrix(self) -> TensorSpec:
+        """Type and shape with rows of output features: [N, K], or [E, N, K] of a stack."""
+        return self.spec.turned if self.transposed else self.spec
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a reader of this row must know beside the matrix [N, K]."""
+        needed = {STACKS: self.quantized and len(self.shape) > 2, TRANSPOSED: self.transposed}
+        return frozenset(feature for feature, is_needed in needed.items() if is_needed)
+
     def stored(self, scheme: Scheme) -> dict[str, TensorSpec]:
         """The tensors on disk that stand for this one."""
-        return stored_tensors(self.name, self.spec, scheme if self.quantized else None)
+        return stored_tensors(self.name, self.matrix, scheme if self.quantized else None)
 
 
 @dataclass(frozen=True)
@@ -138,6 +155,11 @@ class Manifest:
         for row in self.tensors:
             shards.setdefault(row.file, {}).update(row.stored(self.recipe.scheme))
         return shards
+
+
+def features_of(rows: Iterable[TensorRecord]) -> tuple[str, ...]:
+    """What `requires` names for `rows`."""
+    return tuple(sorted({feature for row in rows for feature in row.features}))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -190,8 +212,12 @@ def _check_rows(manifest: Manifest, path: Path) -> None:
         where = f"{path}: tensor {row.name[:200]!r}"
         if not row.spec.is_possible:
             raise CheckpointError(f"{where}: is {row.dtype:.20} {list(row.shape)!r:.80}, which no file can hold")
-        if row.quantized and (len(row.shape) != 2 or 0 in row.shape):
-            raise CheckpointError(f"{where}: is quantized with shape {list(row.shape)}, expected a matrix")
+        if row.quantized and (len(row.shape) not in (2, 3) or 0 in row.shape):
+            raise CheckpointError(f"{where}: is quantized with shape {list(row.shape)}, expected a matrix or a stack")
+        if row.transposed and not row.quantized:
+            raise CheckpointError(f"{where}: is kept and transposed, expected it as it was; convert the model again")
+        if missing := sorted(row.features - set(manifest.requires)):
+            raise CheckpointError(f"{where}: needs {missing}, which requires does not name; convert the model again")
         if row.file not in files or not row.file.endswith(SHARD_SUFFIX):
             raise CheckpointError(f"{where}: stands in {row.file[:200]!r}, which is no shard of this checkpoint")
         names = set(row.stored(scheme))

@@ -1,21 +1,31 @@
-"""Frozen dataclasses from parsed JSON and back, strictly: every field present, none unknown, no type coerced."""
+"""Frozen dataclasses from parsed JSON and back, strictly: every field present, none unknown, no type coerced.
+
+A `flag` alone is present only where it is true: so JSON written before there was one stays what it was.
+"""
 
 import math
 import types
 import typing
-from dataclasses import fields
+from dataclasses import Field, field, fields
 from typing import Any, TypeVar
 
 from formats.errors import CheckpointError
 from formats.layout import MAX_SIZE
 
 Record = TypeVar("Record")
+FLAG = "flag"
+
+
+def flag() -> Any:
+    """A boolean field, false by default, that JSON has only where it is true."""
+    return field(default=False, metadata={FLAG: True})
 
 
 def to_json(record: Any) -> Any:
     """The JSON form of a record: dataclasses become objects, tuples become arrays."""
     if hasattr(record, "__dataclass_fields__"):
-        return {field.name: to_json(getattr(record, field.name)) for field in fields(record)}
+        held = [(field, getattr(record, field.name)) for field in fields(record)]
+        return {field.name: to_json(value) for field, value in held if value or not _is_flag(field)}
     if isinstance(record, tuple):
         return [to_json(item) for item in record]
     return record
@@ -26,10 +36,18 @@ def from_json(kind: type[Record], value: Any, where: str) -> Record:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: found {_short(value)}, expected an object")
     hints = typing.get_type_hints(kind)
-    if set(value) != set(hints):
-        missing, unknown = sorted(set(hints) - set(value)), sorted(set(value) - set(hints))
+    flags = {field.name for field in fields(kind) if _is_flag(field)}  # type: ignore[arg-type]
+    missing, unknown = sorted(set(hints) - set(value) - flags), sorted(set(value) - set(hints))
+    if missing or unknown:
         raise CheckpointError(f"{where}: fields missing {missing}, unknown {unknown[:10]}; convert the model again")
-    return kind(**{name: _field(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    if false := sorted(name for name in flags & set(value) if value[name] is not True):
+        raise CheckpointError(f"{where}.{false[0]}: found {_short(value[false[0]])}, expected true, or no such field")
+    given = ((name, hint) for name, hint in hints.items() if name in value)
+    return kind(**{name: _field(hint, value[name], f"{where}.{name}") for name, hint in given})
+
+
+def _is_flag(field: "Field[Any]") -> bool:
+    return FLAG in field.metadata
 
 
 def _field(hint: Any, value: Any, where: str) -> Any:

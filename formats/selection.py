@@ -1,6 +1,7 @@
 """Which tensors become int4 by default, and the patterns by which people change that; from names and shapes alone."""
 
 import re
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 from formats.errors import UsageError
@@ -33,28 +34,41 @@ EMBEDDING = re.compile(
     r"(^|\.)([^.]*embed|[^.]*embeddings?|[^.]*embed_(tokens|positions|in)(?!.*proj)[^.]*"
     r"|token_embd|(tok_|pos_)?emb|wte|wpe|codebook|shared|relative_attention_bias)$"
 )
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
+
+# What transformers calls a linear layer whose weight is [in, out], and the models that have it.
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+# Parameters that hold a matrix for every expert.
+FUSED_EXPERTS = re.compile(r"(^|[._])experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
 
 
-def never_quantized(name: str, spec: TensorSpec, model_type: str = "") -> str | None:
-    """Why no option can make the tensor an int4 linear layer, or None if one can."""
-    module = name.removesuffix(WEIGHT)
+def never_quantized(name: str, spec: TensorSpec) -> str | None:
+    """Why no option can make the tensor int4, or None if one can."""
+    experts = is_fused_experts(name, spec)
     if name.endswith(".bias"):
         return "bias"
-    if len(spec.shape) != 2:
+    if len(spec.shape) != 2 and not experts:
         return f"{len(spec.shape)}-D"
     if spec.dtype not in FLOAT_DTYPES:
         return f"type {spec.dtype}"
     if spec.numel == 0:
         return "empty"
-    if not name.endswith(WEIGHT):
+    if not name.endswith(WEIGHT) and not experts:
         return "not named .weight"
-    if EMBEDDING.search(module):
+    if EMBEDDING.search(name.removesuffix(WEIGHT)):
         return "embedding"
-    if model_type in CONV1D_MODELS and CONV1D.search(module):
-        return "Conv1D, stored [in, out]"
     return None
+
+
+def is_fused_experts(name: str, spec: TensorSpec) -> bool:
+    """Whether the tensor is a stack of the matrices of experts, [E, N, K] or [E, K, N]."""
+    return len(spec.shape) == 3 and FUSED_EXPERTS.search(name) is not None
+
+
+def is_conv1d(name: str, model_types: Collection[str]) -> bool:
+    """Whether the tensor is the weight [K, N] of a Conv1D in a model of one of these types."""
+    return CONV1D.search(name) is not None and not set(CONV1D_MODELS).isdisjoint(model_types)
 
 
 def kept_by_default(name: str) -> str | None:

@@ -20,6 +20,22 @@ def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype) -> An
 
     Its type is `dtype`, or else that of its configuration, or else `stored`.
     """
+    architecture, config = architecture_of(folder)
+    kind = dtype or getattr(config, "dtype", None) or stored
+    try:
+        with BUILDING:
+            model = with_plain_attention(partial(_build, architecture, config, kind))
+        read_generation_config(model, folder)
+    except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
+        raise cannot_build(folder, error) from None
+    return model.eval()
+
+
+def architecture_of(folder: Path) -> tuple[Any, Any]:
+    """The class of transformers for the model in `folder`, and its configuration; no code of the folder is run.
+
+    Raises `UsageError` without transformers, `CheckpointError` for a configuration that it does not understand.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -29,14 +45,22 @@ def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype) -> An
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind = dtype or getattr(config, "dtype", None) or stored
-        with BUILDING:
-            model = with_plain_attention(partial(_build, _architecture(config), config, kind))
-        if (folder / "generation_config.json").is_file() and model.can_generate():
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        return _architecture(config), config
     except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
-        raise CheckpointError(f"{folder}: transformers cannot build the model ({first_line(error)})") from None
-    return model.eval()
+        raise cannot_build(folder, error) from None
+
+
+def read_generation_config(model: Any, folder: Path) -> None:
+    """Give `model` the defaults of generation that `folder` holds."""
+    import transformers
+
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+
+
+def cannot_build(folder: Path, error: Exception) -> CheckpointError:
+    """What to raise where transformers fails on the data of `folder`."""
+    return CheckpointError(f"{folder}: transformers cannot build the model ({first_line(error)})")
 
 
 def with_plain_attention(make: Callable[..., Any]) -> Any:

@@ -25,9 +25,14 @@ class Int4Linear(nn.Module):
     `activations="fp8"` rounds x to e4m3 with one scale a token (`runtime.activations`) in calls of many tokens, where
     arithmetic decides the time: on an H200 up to 1.4 times as fast, at the price of other numbers.
 
+    `rows` and `columns` are those of the weight that is held: fewer than `out_features` and `in_features` where tensor
+    parallelism gave each process a part.
+
     On a GPU whose kernels want another order of the same bits, `arrange` puts `weight_packed` and `weight_scale` into
     it; loading, `quantize_` and moving to a device do so by themselves.
     """
+
+    _hf_quantized_needs_local_tp = True  # of transformers: with tensor parallelism the forward takes plain tensors
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -52,6 +57,7 @@ class Int4Linear(nn.Module):
             )
         self.in_features = in_features
         self.out_features = out_features
+        self.rows, self.columns = out_features, in_features
         self.scheme = scheme
         self.activations = activations
         self.weight_dtype = dtype
@@ -82,8 +88,8 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] → [..., N] in the type of x; raises `ValueError` for another number of columns, or integers."""
-        if x.shape[-1] != self.in_features or not x.is_floating_point():
-            raise ValueError(f"x is {x.dtype} with {x.shape[-1]} columns, the layer takes {self.in_features} of floats")
+        if x.shape[-1] != self.columns or not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype} with {x.shape[-1]} columns, the layer takes {self.columns} of floats")
         y = None if self.sibling is None else self.sibling(self, x)
         return self.product(x, self.bias) if y is None else y
 
@@ -103,7 +109,7 @@ class Int4Linear(nn.Module):
     @property
     def quantized(self) -> Quantized:
         """The weight in the format's tensors, whatever order it is in."""
-        return in_format(Quantized(self.weight_packed, self.weight_scale, self.weight_zero_point), self.in_features)
+        return in_format(Quantized(self.weight_packed, self.weight_scale, self.weight_zero_point), self.columns)
 
     @property
     def weight(self) -> Tensor:
@@ -112,7 +118,7 @@ class Int4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ [N, K] as `dtype`."""
-        return dequantize(self.quantized, self.in_features, self.scheme, dtype)
+        return dequantize(self.quantized, self.columns, self.scheme, dtype)
 
     def arrange(self) -> None:
         """Put the weight into the order of the kernels of its GPU, if they want one of their own."""
@@ -121,7 +127,7 @@ class Int4Linear(nn.Module):
             from runtime.kernels.hopper import takes
             from runtime.repack import arrange
 
-            if takes(self.out_features, self.in_features, self.scheme, scale.dtype):
+            if takes(self.rows, self.columns, self.scheme, scale.dtype):
                 self.hold(arrange(self.quantized))
                 torch.cuda.synchronize(scale.device)  # kernels fetch weights before they wait for other kernels
 

@@ -1,6 +1,6 @@
-"""The operator `int4::linear`, which torch.compile and CUDA graphs take whole, and the choice of its kernel."""
+"""The operators `int4::linear` and `int4::grouped_linear`, which torch.compile takes whole, and their kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,7 +28,12 @@ torch.library.define(
     "int4::linear_grad",
     "(Tensor grad, Tensor packed, Tensor scale, Tensor? zero_point, int columns, int group_size) -> Tensor",
 )
+torch.library.define(
+    "int4::grouped_linear",
+    "(Tensor x, Tensor ends, Tensor packed, Tensor scale, Tensor? zero_point, int group_size) -> Tensor",
+)
 int4_linear: Callable[..., Tensor] = torch.ops.int4.linear.default
+int4_grouped_linear: Callable[..., Tensor] = torch.ops.int4.grouped_linear.default
 
 
 def linear(
@@ -89,6 +94,58 @@ torch.library.register_fake("int4::linear", _fake_linear)
 torch.library.register_autograd("int4::linear", _backward, setup_context=_keep_for_backward)
 torch.library.impl("int4::linear_grad", "default", _linear_grad)
 torch.library.register_fake("int4::linear_grad", _fake_linear_grad)
+
+
+def grouped_linear(
+    x: Tensor, ends: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int
+) -> Tensor:
+    """x [S, K], sorted by expert · Ŵ[expert] [E, N, K]ᵀ → [S, N], in the type of x, accumulated in fp32.
+
+    `ends` [E] says behind which row of x each expert's end; rows behind the last give 0. The weights are the format's.
+    """
+    x, stack, scheme = x.contiguous(), Quantized(packed, scale, zero_point), Scheme(group_size, zero_point is None)
+    if HAS_TRITON and x.is_cuda and x.dtype in KERNEL_DTYPES and len(x):
+        from runtime.kernels.grouped import grouped
+
+        return grouped(x, ends, stack, scheme)
+    y = x.new_zeros(len(x), packed.shape[1])
+    for matrix, rows in _by_expert(ends, stack):
+        y[rows] = dequantized_product(x[rows], matrix, None, scheme)
+    return y
+
+
+def _fake_grouped_linear(x: Tensor, ends: Tensor, packed: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(len(x), packed.shape[1])
+
+
+def _keep_stack_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ends, packed, scale, zero_point, group_size = inputs
+    ctx.save_for_backward(ends, packed, scale, zero_point)
+    ctx.columns, ctx.group_size = x.shape[-1], group_size
+
+
+def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ends, packed, scale, zero_point = ctx.saved_tensors
+    scheme = Scheme(ctx.group_size, zero_point is None)
+    x_grad = grad.new_zeros(len(grad), ctx.columns)
+    for matrix, rows in _by_expert(ends, Quantized(packed, scale, zero_point)):
+        x_grad[rows] = grad[rows] @ dequantize(matrix, ctx.columns, scheme, grad.dtype)
+    return x_grad, None, None, None, None, None
+
+
+def _by_expert(ends: Tensor, stack: Quantized) -> Iterator[tuple[Quantized, slice]]:
+    """The matrix of each expert that has rows, and which."""
+    begin = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > begin:
+            zero_point = None if stack.zero_point is None else stack.zero_point[expert]
+            yield Quantized(stack.packed[expert], stack.scale[expert], zero_point), slice(begin, end)
+        begin = end
+
+
+torch.library.impl("int4::grouped_linear", "default", grouped_linear)
+torch.library.register_fake("int4::grouped_linear", _fake_grouped_linear)
+torch.library.register_autograd("int4::grouped_linear", _grouped_backward, setup_context=_keep_stack_for_backward)
 
 
 def on_hopper(device: torch.device) -> bool:

@@ -136,7 +136,7 @@ def _fit(layers: Sequence[Int4Linear]) -> bool:
     """Whether the weights of `layers` can lie in one tensor."""
     kinds = {
         (
-            layer.in_features, layer.scheme, layer.activations, layer.weight_dtype, layer.arranged,
+            layer.columns, layer.scheme, layer.activations, layer.weight_dtype, layer.arranged,
             layer.weight_scale.dtype, layer.weight_scale.device,
             None if layer.bias is None else (layer.bias.dtype, layer.bias.device),
         )
@@ -144,7 +144,7 @@ def _fit(layers: Sequence[Int4Linear]) -> bool:
     }  # fmt: skip
     one = layers[0]
     unit = KERNEL_ROWS if one.arranged else 1 if one.scheme.symmetric else CODES_PER_WORD
-    return len(kinds) == 1 and all(layer.out_features % unit == 0 for layer in layers)
+    return len(kinds) == 1 and all(layer.rows % unit == 0 for layer in layers)
 
 
 def _joined(layers: Sequence[Int4Linear]) -> bool:
@@ -154,9 +154,9 @@ def _joined(layers: Sequence[Int4Linear]) -> bool:
 
 def _join(layers: Sequence[Int4Linear]) -> None:
     """Tensor by tensor, so that hardly more than one of a group's is in memory twice."""
-    one, rows = layers[0], [layer.out_features for layer in layers]
+    one, rows = layers[0], [layer.rows for layer in layers]
     joint = Int4Linear(
-        one.in_features, sum(rows), one.scheme,
+        one.columns, sum(rows), one.scheme,
         bias=False, dtype=one.weight_dtype, device="meta", activations=one.activations,
     )  # fmt: skip
     for name in [name for name, tensor in one._buffers.items() if tensor is not None]:

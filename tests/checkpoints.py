@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,15 @@ def tiny_tensors() -> dict[str, Tensor]:
     }
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, Tensor] | None = None, shards: int = 2) -> Path:
+CONFIG = {"model_type": "test", "hidden_size": 24}
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor] | None = None,
+    shards: int = 2,
+    config: dict[str, Any] = CONFIG,
+) -> Path:
     """A checkpoint folder of `shards` files with index, configuration and a few side files."""
     tensors = tiny_tensors() if tensors is None else tensors
     folder.mkdir(parents=True)
@@ -47,7 +56,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor] | None = None, sha
         save_file(part, folder / file, metadata={"format": "pt"})
     if shards > 1:
         write_index(folder, {name: file for file, part in parts.items() for name in part})
-    (folder / "config.json").write_text(json.dumps({"model_type": "test", "hidden_size": 24}))
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "LICENSE").write_text("free\n")
     return folder

@@ -53,14 +53,14 @@ def mutated(data: bytes, chances: random.Random) -> bytes:
 
 
 def fuzz(rounds: int, seed: int) -> None:
-    """Give both parsers `rounds` mutations each."""
+    """Give both parsers `rounds` mutations of each file."""
     chances = random.Random(seed)
     shard = next((DATA / "asymmetric").glob("model-00001*")).read_bytes()
-    manifest = (DATA / "asymmetric" / MANIFEST_NAME).read_bytes()
+    manifests = [(DATA / kind / MANIFEST_NAME).read_bytes() for kind in ("asymmetric", "transposed")]
     with tempfile.TemporaryDirectory() as name:
         targets: list[tuple[bytes, Callable[[bytes], None]]] = [
             (shard, one_header),
-            (manifest, lambda data: one_manifest(data, Path(name))),
+            *((manifest, lambda data: one_manifest(data, Path(name))) for manifest in manifests),
         ]
         for _ in range(rounds):
             for whole, target in targets:
@@ -73,7 +73,7 @@ def fuzz(rounds: int, seed: int) -> None:
 def main(rounds: int, seed: int) -> None:
     """Print how many inputs each parser has survived."""
     fuzz(rounds, seed)
-    print(f"{rounds} headers and as many manifests: nothing but CheckpointError")
+    print(f"{rounds} headers and twice as many manifests: nothing but CheckpointError")
 
 
 if __name__ == "__main__":

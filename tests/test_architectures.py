@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import convert_folder
+from checkpoints import convert_folder, stored
 from safetensors.torch import load_file, save_file
 from test_fp8 import COLUMNS, ROWS, add_config, in_fp8
 from torch import Tensor
 
 import runtime
-from converter.source import open_source
 from formats import codec
 from formats.errors import CheckpointError
 from formats.layout import Scheme
@@ -23,6 +22,14 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2}
+MOE = {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 48,
+       "num_experts_per_tok": 2}  # fmt: skip
+GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+DEEPSEEK = {
+    **SIZES, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32,
+    "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fields, matrices that become int4
     "Llama": ("LlamaConfig", GROUPED, 14),
     "Llama, tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}, 14),
@@ -33,9 +40,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fie
     "Gemma2": ("Gemma2Config", {**GROUPED, "head_dim": 16}, 14),
     "Phi": ("PhiConfig", {**SIZES, "intermediate_size": 96}, 12),
     "OPT": ("OPTConfig", {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": 64}, 12),
-    "GPT-OSS, fused experts kept": ("GptOssConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 4}, 8),
-    "Llama4, fused experts kept": (
-        "Llama4TextConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96}, 14),
+    "GPT-OSS, fused experts, interleaved": ("GptOssConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 4}, 12),
+    "Llama4, fused experts": (
+        "Llama4TextConfig", {**GROUPED, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96}, 18),
+    "GPT-2, matrices stored [in, out]": ("GPT2Config", GPT2, 8),
+    "GPT-NeoX, a head of another name": ("GPTNeoXConfig", {**SIZES, "intermediate_size": 96}, 8),
+    "Mixtral, experts one by one": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}, 8 + 2 * 4 * 3),
+    "Qwen3-MoE, experts one by one": ("Qwen3MoeConfig", MOE, 8 + 2 * 4 * 3),
+    "DeepSeek-V3, a shared expert": ("DeepseekV3Config", DEEPSEEK, 2 * 5 + 3 + 4 * 3 + 3),
+}  # fmt: skip
+TRANSPOSED: dict[str, tuple[str, dict[str, Any], str]] = {  # configuration, its fields, why what is turned becomes int4
+    "GPT-2": ("GPT2Config", GPT2, "Conv1D, stored [in, out]"),
+    "GPT-OSS": ("GptOssConfig", MOE, "fused experts, stored [in, out]"),
+    "GPT-OSS of one size": (
+        "GptOssConfig", {**MOE, "intermediate_size": 64}, "fused experts, stored [in, out]"),
+    "Llama4": ("Llama4TextConfig", {**MOE, "intermediate_size_mlp": 96}, "fused experts, stored [in, out]"),
 }  # fmt: skip
 IDS = torch.arange(20).unsqueeze(0)
 SCHEME = Scheme(32)
@@ -54,12 +73,16 @@ def logits(model: Any) -> Tensor:
 
 
 def dequantized(model: Any, manifest: Manifest, scale_dtype: torch.dtype = torch.bfloat16) -> Any:
-    """`model` with the values that the codec gives its quantised matrices."""
-    for row in manifest.tensors:
-        if row.quantized:
-            weight = model.get_parameter(row.name)
-            quantized = codec.quantize(weight.detach(), SCHEME, scale_dtype)
-            weight.data = codec.dequantize(quantized, weight.shape[1], SCHEME, weight.dtype)
+    """`model` with the values that the codec gives its quantised matrices, also where it fuses experts."""
+    rows = {row.name: row for row in manifest.tensors if row.quantized}
+    fuses = not rows.keys() <= dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        if name in rows or (fuses and parameter.dim() == 3):
+            transposed = name in rows and rows[name].transposed
+            weight = parameter.detach().mT if transposed else parameter.detach()
+            quantized = codec.quantize(weight, SCHEME, scale_dtype)
+            found = codec.dequantize(quantized, weight.shape[-1], SCHEME, weight.dtype)
+            parameter.data = found.mT.contiguous() if transposed else found
     return model
 
 
@@ -146,9 +169,58 @@ def test_experts_that_are_stored_one_by_one_become_int4(tmp_path: Path) -> None:
     assert [row.reason for row in manifest.tensors if row.name.endswith(".gate.weight")] == ["router"] * 2
 
 
-def test_gpt2_whose_matrices_are_transposed_is_refused_with_its_reason(tmp_path: Path) -> None:
-    fields = {"vocab_size": 64, "n_embd": 64, "n_layer": 1, "n_head": 4}
-    random_model("GPT2Config", fields).save_pretrained(tmp_path / "source")
-    with pytest.raises(CheckpointError, match=r"nothing to quantise: .*4 × Conv1D, stored \[in, out\]"):
-        convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
-    assert open_source(str(tmp_path / "source")).nbytes
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_matrices_that_a_model_stores_in_out_are_turned(name: str, tmp_path: Path) -> None:
+    config, fields, reason = TRANSPOSED[name]
+    model = random_model(config, fields)
+    model.save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    turned = {row.name: row for row in manifest.tensors if row.transposed}
+    held = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+    expected = {f"{name}.weight" for name in held} or {
+        f"{name}.{leaf}_proj"
+        for name, _ in model.named_modules()
+        if name.endswith(".experts")
+        for leaf in ("gate_up", "down")
+    }
+    assert turned.keys() == expected
+    assert {row.reason for row in turned.values()} == {reason}
+    compare(tmp_path / "out", manifest, {name: model.get_parameter(name).mT for name in turned})
+
+
+def test_experts_that_a_model_stores_out_in_stay_that_way_round(tmp_path: Path) -> None:
+    """As the modules of transformers hold them, which other programs save as they are."""
+    model = random_model("Qwen3MoeConfig", MOE)
+    model.save_pretrained(tmp_path / "source")
+    fused = {name: tensor.detach() for name, tensor in model.state_dict().items() if ".experts." in name}
+
+    def fuse(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            del tensors[name]
+        tensors |= fused
+
+    edit(tmp_path / "source", fuse)
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    rows = {row.name: row for row in manifest.tensors if row.reason == "fused experts"}
+    assert rows.keys() == fused.keys()
+    assert len(rows) == 2 * 2
+    assert manifest.requires == ("stacks",)
+    compare(tmp_path / "out", manifest, fused)
+
+
+@torch.no_grad()
+def compare(out: Path, manifest: Manifest, expected: dict[str, Tensor]) -> None:
+    """What is stored in `out`, and the codec makes of it, must be `expected` up to the rounding to int4."""
+    tensors, errors = stored(out), {row.name: row.error for row in manifest.tensors}
+    for name, weight in expected.items():
+        scale = tensors[f"{name}_scale"]
+        quantized = codec.Quantized(tensors[f"{name}_packed"], scale, tensors.get(f"{name}_zero_point"))
+        values = codec.dequantize(quantized, weight.shape[-1], SCHEME)
+        assert values.shape == weight.shape
+        steps = scale.float().abs().repeat_interleave(SCHEME.group_size, -1)[..., : weight.shape[-1]]
+        assert ((values - weight).abs() <= (0.5 + 7 * 2**-8) * steps).all()
+        error = errors[name]
+        assert error is not None
+        relative = float((values - weight).square().sum() / weight.square().sum())
+        assert error.relative_mse == pytest.approx(relative, rel=1e-4)
+        assert relative < 0.01

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import EXAMPLE, contents, write_checkpoint
+from checkpoints import EXAMPLE, contents, stored, write_checkpoint
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
@@ -18,11 +18,11 @@ from converter.prepared import FOLDER_NAME, PreparedLayers
 from converter.source import Source, open_source
 from formats.errors import CheckpointError
 from formats.files import PARTIAL_SUFFIX
-from formats.layout import Scheme
+from formats.layout import PACKED, Scheme
 from formats.manifest import CalibrationRecord, Manifest, read_manifest
 from formats.texts import drawn_windows, read_text, tokenize
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 TEXT = EXAMPLE.parent / "tiny-llama.heldout.txt"
@@ -176,6 +176,36 @@ def test_the_list_with_the_most_matrices_holds_the_layers() -> None:
     model.eyes, model.layers = nn.ModuleList([Layer()]), nn.ModuleList([Layer(), Layer()])
     names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert decoder_layers(model, names) == ("layers.", model.layers)
+
+
+def random_source(folder: Path, config: str, fields: dict[str, int]) -> Source:
+    torch.manual_seed(0)
+    found = getattr(transformers, config)(vocab_size=64, **fields)
+    transformers.AutoModelForCausalLM.from_config(found, dtype=torch.float32).save_pretrained(folder)
+    return open_source(str(folder))
+
+
+def test_stacks_go_by_search_and_are_named(tmp_path: Path) -> None:
+    fields = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4}  # fmt: skip
+    source = random_source(tmp_path / "source", "GptOssConfig", fields)
+    reports: list[LayerReport] = []
+    tokens = torch.arange(8 * 32).view(8, 32) % 64
+    manifest = convert(source, plan_of(source), tmp_path / "out", [torch.device("cpu")], windows=tokens,
+                       calibrated=reports.append)  # fmt: skip
+    stacks = [f"model.layers.{i}.mlp.experts.{leaf}_proj" for i in range(2) for leaf in ("down", "gate_up")]
+    assert [name for report in reports for name in report.other] == stacks
+    assert errors_of(manifest).keys() == {row.name for row in manifest.tensors if row.quantized} - set(stacks)
+    plain = make_plan(source, make_recipe(Scheme(64), "search", (), ()))
+    convert(source, plain, tmp_path / "search", [torch.device("cpu")])
+    found, expected = stored(tmp_path / "out"), stored(tmp_path / "search")
+    assert all(torch.equal(found[name + PACKED], expected[name + PACKED]) for name in stacks)
+
+
+def test_a_model_of_conv1d_alone_has_nothing_to_calibrate(tmp_path: Path) -> None:
+    source = random_source(tmp_path / "source", "GPT2Config", {"n_embd": 64, "n_layer": 1, "n_head": 4})
+    with pytest.raises(CheckpointError, match="no list of layers that holds the linear layers to quantise"):
+        Calibration(source, plan_of(source), torch.device("cpu"))
 
 
 def run(*arguments: object) -> Result:

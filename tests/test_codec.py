@@ -109,6 +109,28 @@ def test_a_stored_scale_must_be_finite_and_not_zero(bad: float) -> None:
         codec.check_scale(torch.tensor([1.0, bad]))
 
 
+@pytest.mark.parametrize("columns", [48, 53])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_each_matrix_of_a_stack_is_as_it_would_be_alone(scheme: Scheme, columns: int) -> None:
+    stack = random(3, 11, columns)
+    whole, alone = (
+        codec.quantize(stack, scheme, torch.float16),
+        [codec.quantize(w, scheme, torch.float16) for w in stack],
+    )
+    for found, *expected in zip(whole.tensors(), *(one.tensors() for one in alone), strict=True):
+        assert torch.equal(found, torch.stack(expected))
+        assert found.is_contiguous()
+    values = codec.dequantize(whole, columns, scheme, torch.bfloat16)
+    assert torch.equal(values, torch.stack([codec.dequantize(one, columns, scheme, torch.bfloat16) for one in alone]))
+
+
+def test_the_place_of_a_bad_weight_names_its_matrix() -> None:
+    stack = random(2, 5, 16)
+    stack[1, 3, 11] = float("nan")
+    with pytest.raises(NonFiniteError, match="1 of 160 weights .* matrix 1, row 3, column 11;"):
+        codec.check_finite(stack)
+
+
 def test_a_short_last_group_is_scaled_by_its_own_weights() -> None:
     weight = torch.cat([torch.full((1, 8), 7.0), torch.full((1, 2), 0.07)], 1)
     assert quantize_dequantize(weight, Scheme(8), torch.float16)[0, -1] == pytest.approx(0.07, rel=1e-3)

@@ -43,7 +43,7 @@ def test_the_output_is_what_the_codec_says(source: Path, out: Path, scheme: Sche
             assert torch.equal(found.pop(name), tensor)
             continue
         quantized = codec.quantize(tensor, scheme, torch.bfloat16)
-        for key, expected in scheme.stored(name, *tensor.shape, "BF16").items():
+        for key, expected in scheme.stored(name, tuple(tensor.shape), "BF16").items():
             part = found.pop(key)
             assert list(part.shape) == list(expected.shape)
             assert any(torch.equal(part, one) for one in quantized.tensors())

@@ -9,7 +9,8 @@ import pytest
 from checkpoints import convert_folder, write_checkpoint
 
 from formats.errors import CheckpointError
-from formats.manifest import MANIFEST_NAME, Manifest, read_manifest
+from formats.layout import Scheme, TensorSpec
+from formats.manifest import MANIFEST_NAME, Manifest, TensorRecord, features_of, read_manifest
 from formats.records import from_json, to_json
 from formats.strict_json import canonical
 
@@ -47,8 +48,21 @@ SEALED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "shard that is not listed": (lambda m: m["tensors"][0].update(file="x.i4.safetensors"), "no shard"),
     "weights in a side file": (lambda m: m["tensors"][0].update(file="config.json"), "no shard"),
     "tensor listed twice": (lambda m: m["tensors"].append(m["tensors"][0]), "stored twice"),
-    "vector as a matrix": (lambda m: m["tensors"][0].update(quantized=True, shape=[4]), "expected a matrix"),
-    "empty matrix": (lambda m: m["tensors"][0].update(quantized=True, shape=[0, 4]), "expected a matrix"),
+    "vector as a matrix": (lambda m: m["tensors"][0].update(quantized=True, shape=[4]), "expected a matrix or a stack"),
+    "empty matrix": (lambda m: m["tensors"][0].update(quantized=True, shape=[0, 4]), "expected a matrix or a stack"),
+    "stack of stacks": (
+        lambda m: m["tensors"][0].update(quantized=True, shape=[1] * 4),
+        "expected a matrix or a stack",
+    ),
+    "stack that is not announced": (
+        lambda m: m["tensors"][0].update(quantized=True, shape=[2, 3, 4]),
+        "needs .'stacks'., which requires does not",
+    ),
+    "transposition that is not announced": (
+        lambda m: m["tensors"][0].update(quantized=True, transposed=True),
+        "needs .'transposed'., which requires does",
+    ),
+    "kept tensor that is transposed": (lambda m: m["tensors"][0].update(transposed=True), "is kept and transposed"),
     "unknown type": (lambda m: m["tensors"][0].update(dtype="F4"), "no file can hold"),
     "negative size": (lambda m: m["tensors"][0].update(shape=[-1]), "no file can hold"),
     "size over 64 bits": (lambda m: m["tensors"][0].update(shape=[1 << 62, 1 << 62]), "no file can hold"),
@@ -67,6 +81,11 @@ UNSEALED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "feature that is no text": (lambda m: m.update(requires=[[]]), r"requires\[0\]: found \[\]"),
     "features of two kinds": (lambda m: m.update(requires=[1, "a"]), "needs .'a'"),
     "number too long to print": (lambda m: m["files"][0].update(size=10**4000), "expected a number of 64 bits"),
+    "flag that is false": (
+        lambda m: m["tensors"][0].update(transposed=False),
+        r"tensors\[0\]\.transposed: found False, expected true, or no",
+    ),
+    "flag that is a number": (lambda m: m["tensors"][0].update(transposed=1), "transposed: found 1, expected true"),
     "unknown field": (lambda m: m.update(extra=1), "unknown .'extra'"),
     "missing field": (lambda m: m.pop("files"), "missing .'files'"),
     "true for a number": (lambda m: m["recipe"].update(group_size=True), "recipe.group_size: found True"),
@@ -95,6 +114,25 @@ def test_a_manifest_that_is_not_ours_is_refused(kind: str, folder: Path) -> None
 def test_the_digest_covers_every_field(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert replace(manifest, requires=("x",)).sealed().digest != manifest.digest
+
+
+def test_a_flag_stands_in_the_json_only_where_it_is_true(folder: Path) -> None:
+    row = read_manifest(folder).tensors[0]
+    turned = replace(row, transposed=True)
+    assert to_json(row).keys() == to_json(turned).keys() - {"transposed"}
+    assert to_json(turned)["transposed"] is True
+    assert from_json(TensorRecord, to_json(turned), "test") == turned
+    assert from_json(TensorRecord, to_json(row), "test") == row
+
+
+def test_a_row_says_what_is_stored_for_a_transposed_stack(folder: Path) -> None:
+    row = replace(read_manifest(folder).tensors[0], quantized=True, shape=(3, 24, 16), dtype="F32")
+    assert row.matrix == TensorSpec("F32", (3, 24, 16))
+    turned = replace(row, transposed=True)
+    assert turned.matrix == TensorSpec("F32", (3, 16, 24))
+    assert [spec.shape for spec in turned.stored(Scheme(8, False)).values()] == [(3, 16, 3), (3, 16, 3), (3, 2, 3)]
+    assert features_of([row]) == ("stacks",)
+    assert features_of([replace(row, quantized=False), turned]) == ("stacks", "transposed")
 
 
 def test_an_infinite_error_is_refused(folder: Path) -> None:

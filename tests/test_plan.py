@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,15 @@ def test_names_that_are_kept_by_default(name: str, reason: str | None) -> None:
         ("a.norm.weight", TensorSpec("BF16", (8,)), "1-D"),
         ("a.conv1d.weight", TensorSpec("BF16", (8, 1, 4)), "3-D"),
         ("a.A_log", TensorSpec("BF16", (8, 8)), "not named .weight"),
+        ("a.moe.input_linear.weight", TensorSpec("BF16", (2, 8, 8)), "3-D"),
+        ("a.experts.mlp.w1", TensorSpec("BF16", (16, 8)), "not named .weight"),
+        ("a.experts.gate_up_proj", TensorSpec("BF16", (16, 8)), "not named .weight"),
+        ("a.experts.gate_up_proj_bias", TensorSpec("BF16", (2, 8)), "not named .weight"),
+        ("a.experts.gate_up_proj", TensorSpec("I8", (2, 16, 8)), "type I8"),
+        ("a.experts.gate_up_proj", TensorSpec("F32", (0, 16, 8)), "empty"),
+        ("a.gate_up_proj", TensorSpec("BF16", (2, 16, 8)), "3-D"),
+        ("a.experts.gate_up_proj", TensorSpec("BF16", (2, 16, 8)), None),
+        ("a.shared_experts.up_proj", TensorSpec("F16", (2, 16, 8)), None),
         ("a.ids.weight", TensorSpec("I64", (8, 8)), "type I64"),
         ("a.q_proj.weight", TensorSpec("BF16", (0, 8)), "empty"),
         ("a.q_proj.weight", TensorSpec("F32", (8, 8)), None),
@@ -98,24 +108,93 @@ def test_tensors_that_no_option_quantises(name: str, spec: TensorSpec, reason: s
     assert never_quantized(name, spec) == reason
 
 
-def test_gpt2_matrices_are_kept_because_they_are_transposed() -> None:
-    spec = TensorSpec("BF16", (8, 8))
-    assert never_quantized("h.0.attn.c_attn.weight", spec, "gpt2") == "Conv1D, stored [in, out]"
-    assert never_quantized("h.0.attn.c_attn.weight", spec, "gpt_bigcode") is None
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "gpt2"}, "Conv1D, stored [in, out]"),
+        ({"model_type": "vision-encoder-decoder", "decoder": {"model_type": "gpt2"}}, "Conv1D, stored [in, out]"),
+        ({"model_type": "gpt_bigcode"}, "linear layer"),
+    ],
+)
+def test_the_type_of_the_model_tells_what_is_a_conv1d(tmp_path: Path, config: dict[str, Any], reason: str) -> None:
+    tensors = {"h.0.attn.c_attn.weight": random(16, 24), "other.weight": random(8, 16)}
+    found, other = plan_of(write_checkpoint(tmp_path / "source", tensors, shards=1, config=config)).tensors
+    assert (found.reason, other.reason) == (reason, "linear layer")
+    assert found.transposed == ("Conv1D" in reason)
+    assert not other.transposed
+    shape = (24, 2) if found.transposed else (16, 3)
+    assert found.stored["h.0.attn.c_attn.weight_packed"] == TensorSpec("I32", shape)
 
 
-def test_the_plan_of_gpt2_keeps_its_transposed_matrices(tmp_path: Path) -> None:
-    tensors = {"h.0.attn.c_attn.weight": random(8, 24), "other.weight": random(8, 8)}
+EXPERTS = "model.layers.0.mlp.experts."
+SIZES = {"hidden_size": 24, "moe_intermediate_size": 16}
+SQUARE = {"hidden_size": 16, "moe_intermediate_size": 16}
+PLAIN, TURNED, UNKNOWN = "fused experts", "fused experts, stored [in, out]", "neither shapes nor config.json tell"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "reason"),
+    [
+        # gate_up_proj beside down_proj leaves one way round, whatever config.json says or does not
+        ({"gate_up_proj": (32, 24), "down_proj": (24, 16)}, {}, PLAIN),
+        ({"gate_up_proj": (24, 32), "down_proj": (16, 24)}, {}, TURNED),
+        ({"gate_up_proj": (32, 16), "down_proj": (16, 16)}, SQUARE, PLAIN),
+        ({"gate_up_proj": (16, 32), "down_proj": (16, 16)}, SQUARE, TURNED),
+        ({"gate_up_proj": (32, 32), "down_proj": (32, 16)}, {}, PLAIN),
+        ({"gate_up_proj": (32, 32), "down_proj": (16, 32)}, {}, TURNED),
+        ({"gate_up_proj": (32, 24), "down_proj": (16, 24)}, SIZES, UNKNOWN),  # one this way, one that
+        # without one of the two, the sizes of config.json
+        ({"gate_up_proj": (32, 24)}, SIZES, PLAIN),
+        ({"gate_up_proj": (24, 32)}, SIZES, TURNED),
+        ({"down_proj": (24, 16)}, {"text_config": {"hidden_size": 24, "intermediate_size": 16}}, PLAIN),
+        ({"down_proj": (16, 24)}, {"text_config": {"hidden_size": 24, "intermediate_size": 16}}, TURNED),
+        ({"gate_proj": (16, 24), "up_proj": (16, 24), "down_proj": (24, 16)}, SIZES, PLAIN),
+        ({"gate_proj": (24, 16), "up_proj": (24, 16), "down_proj": (16, 24)}, SIZES, TURNED),
+        ({"up_proj": (16, 8), "down_proj": (8, 16)}, {**SIZES, "moe_latent_size": 8}, PLAIN),
+        ({"gate_up_proj": (32, 32)}, {"hidden_size": 32, "moe_intermediate_size": 16}, UNKNOWN),
+        ({"gate_proj": (16, 16), "up_proj": (16, 16), "down_proj": (16, 16)}, SQUARE, UNKNOWN),
+        ({"up_proj": (16, 24), "down_proj": (24, 16)}, {}, UNKNOWN),
+        ({"up_proj": (16, 24), "down_proj": (24, 16)}, {"hidden_size": "24", "intermediate_size": True}, UNKNOWN),
+        # the sizes of two parts of a model are not mixed
+        ({"up_proj": (16, 24)}, {"a": {"hidden_size": 24}, "b": {"intermediate_size": 16}}, UNKNOWN),
+    ],
+)
+def test_shapes_and_sizes_tell_which_way_round_experts_are_stored(
+    tmp_path: Path, shapes: dict[str, tuple[int, int]], config: dict[str, Any], reason: str
+) -> None:
+    tensors = {EXPERTS + leaf: random(3, *shape) for leaf, shape in shapes.items()} | {"a.weight": random(8, 8)}
+    plan = plan_of(write_checkpoint(tmp_path / "source", tensors, config=config))
+    stacks = [tensor for tensor in plan.tensors if tensor.name.startswith(EXPERTS)]
+    assert len(stacks) == len(shapes)
+    for tensor in stacks:
+        assert tensor.quantized == (reason != UNKNOWN)
+        assert tensor.transposed == (reason == TURNED)
+        assert tensor.reason.endswith(reason) if reason == UNKNOWN else tensor.reason == reason
+        _, rows, columns = tensor.spec.shape
+        if reason == UNKNOWN:
+            assert tensor.stored == {tensor.name: tensor.spec}
+        else:
+            shape = (3, columns, rows // 8) if reason == TURNED else (3, rows, columns // 8)
+            assert tensor.stored[f"{tensor.name}_packed"] == TensorSpec("I32", shape)
+
+
+def test_patterns_work_on_experts_as_on_others(tmp_path: Path) -> None:
+    tensors = {
+        f"layers.{i}.experts.{leaf}": random(2, 16, 8) for i in range(2) for leaf in ("gate_up_proj", "down_proj")
+    }
+    tensors |= {name: random(2, 8, 8) for name in tensors if name.endswith("down_proj")}
     folder = write_checkpoint(tmp_path / "source", tensors, shards=1)
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    assert quantized(plan_of(folder)) == {"other.weight"}
+    assert quantized(plan_of(folder, exclude=("layers.0.experts.*",))) == {
+        "layers.1.experts.gate_up_proj", "layers.1.experts.down_proj",
+    }  # fmt: skip
+    plan = plan_of(folder, include=("*.gate_up_proj",), exclude=("re:down_proj$",))
+    assert {tensor.reason for tensor in plan.tensors} == {"included by *.gate_up_proj", "excluded by re:down_proj$"}
 
 
 def test_a_plan_that_quantises_nothing_says_why(tmp_path: Path) -> None:
-    tensors = {f"h.{i}.attn.c_attn.weight": random(8, 24) for i in range(3)} | {"wte.weight": random(8, 8)}
+    tensors = {f"h.{i}.experts.up_proj": random(2, 8, 8) for i in range(3)} | {"wte.weight": random(8, 8)}
     folder = write_checkpoint(tmp_path / "source", tensors, shards=1)
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(CheckpointError, match=r"nothing to quantise: 3 × Conv1D, stored \[in, out\], 1 × embedding"):
+    with pytest.raises(CheckpointError, match=r"nothing to quantise: 3 × fused experts, stored .*, 1 × embedding"):
         plan_of(folder)
 
 

@@ -18,7 +18,7 @@ def bf16_bytes(m: int, n: int, k: int) -> int:
 
 def int4_bytes(m: int, n: int, k: int, group: int) -> int:
     """Bytes of a symmetric int4 W with bf16 scales, and of x and y in bf16."""
-    stored = Scheme(group).stored("", n, k, "BF16").values()
+    stored = Scheme(group).stored("", (n, k), "BF16").values()
     return sum(spec.nbytes for spec in stored) + 2 * m * (n + k)
 
 

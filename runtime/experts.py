@@ -1,0 +1,112 @@
+"""Experts of a mixture, fused into one tensor a projection: their weights as stacks [E, N, K] of int4 matrices."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from formats.codec import Quantized, dequantize
+from formats.layout import Scheme, TensorSpec
+from formats.tensors import TORCH_DTYPES
+from runtime.linear import SUFFIXES
+from runtime.ops import int4_grouped_linear
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How a projection of E experts is held: K columns, and whether the model means [E, K, N] instead of [E, N, K]."""
+
+    scheme: Scheme
+    columns: int
+    transposed: bool
+    dtype: torch.dtype
+
+
+class Int4Experts(nn.Module):
+    """Mixed into the class of a module of experts by `hold_stack`: its projections are int4, its state dict the format.
+
+    Where that class describes itself as transformers' `use_experts_implementation` does, tokens are sorted by expert
+    and one launch multiplies them by all experts' matrices; any other sees the dequantised weights as it reads them.
+    """
+
+    int4_stacks: dict[str, Stack]
+
+    def __getattr__(self, name: str) -> Any:
+        """A projection that the model's own code reads: Ŵ, made anew each time, in the orientation that it expects."""
+        stack = self.__dict__.get("int4_stacks", {}).get(name)
+        return super().__getattr__(name) if stack is None else self.dequantize(name, stack.dtype)
+
+    def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Ŵ of the projection `name` as `dtype`, [E, N, K], or [E, K, N] where the model means it so."""
+        stack = self.int4_stacks[name]
+        weight = dequantize(self.quantized(name), stack.columns, stack.scheme, dtype)
+        return weight.transpose(1, 2).contiguous() if stack.transposed else weight
+
+    def quantized(self, name: str) -> Quantized:
+        """The stored tensors of the projection `name`."""
+        return Quantized(*(getattr(self, name + suffix) for suffix in SUFFIXES))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the class, by int4 products where it can be."""
+        first = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
+        if not hasattr(self, "is_transposed") or not self.int4_stacks.keys() >= {first, "down_proj"}:
+            return super().forward(*args, **kwargs)
+        return self._mixed(first, *args, **kwargs)
+
+    def _mixed(self, first: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Σ over the chosen experts e of weight[e] · expert e(x): x [M, K], index and weights [M, chosen] → [M, K]."""
+        chosen = top_k_index.shape[-1]
+        expert, order = top_k_index.flatten().sort(stable=True)
+        y = self._product(first, hidden_states[order // chosen], expert)
+        y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
+        y = self._product("down_proj", y, expert)
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        y = y * top_k_weights.flatten()[order].unsqueeze(-1)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return y[back].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+
+    def _product(self, name: str, x: Tensor, expert: Tensor) -> Tensor:
+        """x [S, K] · Ŵ[expert]ᵀ + bias[expert] → [S, N], for rows in the order of their `expert` [S]."""
+        matrix = self.quantized(name)
+        ends = torch.searchsorted(
+            expert, torch.arange(len(matrix.packed), device=expert.device, dtype=expert.dtype), right=True
+        )
+        group_size = self.int4_stacks[name].scheme.group_size
+        y = int4_grouped_linear(x, ends, matrix.packed, matrix.scale, matrix.zero_point, group_size)
+        bias = getattr(self, f"{name}_bias", None)
+        return y if bias is None else y + bias[expert]
+
+
+def hold_stack(experts: nn.Module, name: str, stack: Stack, stored: dict[str, TensorSpec]) -> None:
+    """Give `experts` the tensors `stored` for its projection `name`, on meta, in place of the parameter itself."""
+    if not isinstance(experts, Int4Experts):
+        kind: Any = type(experts)
+        experts.__class__ = int4_class(kind)
+    experts.__dict__.setdefault("int4_stacks", {})[name] = stack
+    experts._parameters.pop(name, None)
+    for leaf in (name + suffix for suffix in SUFFIXES):
+        experts.register_parameter(leaf, None)
+        if spec := stored.get(leaf):
+            empty = torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
+            experts.register_parameter(leaf, nn.Parameter(empty, requires_grad=False))
+
+
+def release_stack(experts: Int4Experts, name: str, dtype: torch.dtype) -> None:
+    """Give `experts` its projection `name` back as a parameter of type `dtype`."""
+    weight = experts.dequantize(name, dtype)
+    for suffix in SUFFIXES:
+        experts._parameters.pop(name + suffix, None)
+    del experts.int4_stacks[name]
+    experts._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    if not experts.int4_stacks:
+        experts.__class__ = type(experts).__bases__[1]
+
+
+@cache
+def int4_class(kind: Any) -> Any:
+    """`kind` with `Int4Experts` mixed in."""
+    return type(f"Int4{kind.__name__}", (Int4Experts, kind), {"__doc__": Int4Experts.__doc__})

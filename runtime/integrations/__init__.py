@@ -1,0 +1,50 @@
+"""Where other libraries meet the runtime; none of them is imported before somebody else does so."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def when_imported(module: str, then: Callable[[], object]) -> None:
+    """Call `then` once `module` has been imported: now, or as soon as anybody imports it."""
+    if module in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, _Watch(module, then))
+
+
+class _Watch(MetaPathFinder):
+    """Finds one module as the other finders would, and has `then` called behind its execution."""
+
+    def __init__(self, module: str, then: Callable[[], object]) -> None:
+        self._module = module
+        self._then = then
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of the module that is watched; None for any other."""
+        if fullname != self._module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module: ModuleType) -> None:
+            execute(module)
+            self._then()
+
+        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+def register_with_transformers() -> None:
+    """Make transformers know the quantisation method `i4`."""
+    from runtime.integrations.transformers import register
+
+    register()

@@ -1,0 +1,280 @@
+"""The quantisation method `i4` of transformers: `from_pretrained(folder, variant="i4")` gives int4 layers that stay so.
+
+The interface is that of transformers' own quantisers (`transformers/quantizers/base.py`, 5.10 to 5.23). What is
+quantised is read from the names in the shards; transformers' name mapping says which module each tensor is for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from formats.codec import check_scale
+from formats.errors import CheckpointError, some
+from formats.layout import CODES_PER_WORD, PACKED, ROW_WISE, SCALE, Scheme, TensorSpec, ceil_div
+from formats.manifest import FORMAT_VERSION
+from formats.tensors import spec_of
+from runtime.experts import Int4Experts, release_stack
+from runtime.integrations.names import Targets, keeps_rows, stored_tensors, turns
+from runtime.linear import SUFFIXES, Int4Linear
+from runtime.siblings import join
+from runtime.swap import shape_in, swap
+
+METHOD = "i4"
+INITIALIZED = "_is_hf_initialized"  # what transformers marks tensors and modules with that have their values
+
+
+class Int4Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of an int4 checkpoint; `dequantize`, `activations` and `join` are for loading alone.
+
+    `from_pretrained(folder, variant="i4", quantization_config=Int4Config(dequantize=True))` gives a model of plain
+    layers in 16 bits; `activations` and `join` are those of `runtime.load`.
+
+    Raises `CheckpointError` for another version of the format.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        bits: int = 4,
+        group_size: int = 256,
+        symmetric: bool = True,
+        dequantize: bool = False,
+        activations: str | None = None,
+        join: bool | None = None,
+        stored: Mapping[str, TensorSpec] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION or bits != 4 or unknown.keys() - {"quant_method"}:
+            raise CheckpointError(
+                f"quantization_config: is of format version {format_version}, {bits} bits, with {sorted(unknown)}; "
+                f"this program reads version {FORMAT_VERSION}: upgrade int4-convert"
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.bits = bits
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self.dequantize = dequantize
+        self.activations = activations
+        self.join = join
+        self.stored = stored  # the tensors of the checkpoint, where from_pretrained gets them from elsewhere than files
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of the quantised tensors."""
+        return Scheme(self.group_size, self.symmetric)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a caller of `from_pretrained` may choose."""
+        return {name: getattr(self, name) for name in ("dequantize", "activations", "join", "stored")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds, field by field as the format says."""
+        return {name: value for name, value in vars(self).items() if name not in self.get_loading_attributes()}
+
+
+class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts int4 layers into the model before its weights come, and the order of the kernels into them afterwards."""
+
+    requires_calibration = False
+    serialized_names = {"weight": [f"weight{suffix}" for suffix in SUFFIXES]}  # noqa: RUF012 - as the base has it
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        self._swapped: dict[str, nn.Module] = {}  # the linear layers that int4 ones replace, by their paths
+        stored = self.quantization_config.stored or stored_tensors(checkpoint_files)
+        targets = Targets(model, self)
+        names = {name.removesuffix(PACKED) for name in stored if name.endswith(PACKED)}
+        if lonely := [name for name in sorted(names) if name + SCALE not in stored]:
+            raise CheckpointError(f"holds packed words without scales: {some(lonely)}; fetch the checkpoint again")
+        taken: dict[str, str] = {}
+        for name in sorted(names):
+            taken |= dict.fromkeys(targets.of_quantized(name, stored[name + PACKED]), name)
+        for name in stored:
+            if not name.endswith(SUFFIXES) and (both := [target for target in targets.of(name) if target in taken]):
+                raise CheckpointError(
+                    f"tensor {name!r} is kept, {taken[both[0]]!r} is int4, and the model fuses both into {both[0]!r}; "
+                    "convert the model again with both kept, or both int4"
+                )
+        for target, name in taken.items():
+            self._hold(model, target, name, stored[name + PACKED], stored[name + SCALE])
+        tied = getattr(model, "all_tied_weights_keys", {})
+        for name in tied.keys() & taken.keys():  # a head of its own, whatever the configuration says
+            del tied[name]
+
+    def _hold(self, model: Any, target: str, name: str, packed: TensorSpec, scale: TensorSpec) -> None:
+        """Make the module of the parameter `target` one that holds it as int4; `name` is in the checkpoint."""
+        path, _, leaf = target.rpartition(".")
+        owner = model.get_submodule(path)
+        transposed = _is_transposed(target, owner, owner._parameters.get(leaf), packed)
+        shape = shape_in(owner, leaf, transposed=transposed)
+        if shape is None:
+            raise CheckpointError(
+                f"tensor {name!r} is int4, {type(model).__name__} has a {type(owner).__name__} there; expected a "
+                "linear layer or fused experts: is it the same model?"
+            )
+        chosen = self.quantization_config
+        swap(model, target, shape, chosen.scheme, transposed=transposed, dtype=owner._parameters[leaf].dtype,
+             scale_dtype=scale.dtype, activations=chosen.activations)  # fmt: skip
+        if len(shape) == 2:
+            self._swapped[path] = owner
+            _as_parameters(model.get_submodule(path))
+        else:
+            setattr(owner, INITIALIZED, True)  # else transformers would draw weights, and throw them away
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        _refuse_random(model)
+        hooked = False
+        for path, layer in model.named_modules():
+            if isinstance(layer, Int4Linear):
+                _as_buffers(path, layer)
+                layer.arrange()
+                hooked |= hasattr(layer, "_hf_hook") or hasattr(layer, "_is_hooked")  # moved about, or shared out
+            elif isinstance(layer, Int4Experts):
+                for name, stack in layer.int4_stacks.items():
+                    held = {suffix: layer._parameters.get(name + suffix) for suffix in SUFFIXES}
+                    _check_part(f"{path}.{name}", held, stack.columns, stack.scheme)
+        chosen = self.quantization_config
+        if chosen.dequantize:
+            self._dequantize(model)
+        elif chosen.join is not False and not hooked:
+            join(model, gpu_only=chosen.join is None)
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for path, layer in list(model.named_modules()):
+            if isinstance(layer, Int4Linear):
+                plain: Any = self._swapped[path]
+                weight = layer.dequantize(dtype or layer.weight_dtype)
+                weight = weight.T.contiguous() if type(plain).__name__ == "Conv1D" else weight
+                plain.weight = nn.Parameter(weight, requires_grad=False)
+                plain.bias = layer.bias
+                model.set_submodule(path, plain.train(layer.training))
+            elif isinstance(layer, Int4Experts):
+                for name, stack in list(layer.int4_stacks.items()):
+                    release_stack(layer, name, dtype or stack.dtype)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """The model's own conversions, and a copy of each for the packed words, the scales and the zero points."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        copies: list[Any] = []
+        for conversion in weight_conversions:
+            if isinstance(conversion, WeightConverter) and (keeps_rows(conversion) or turns(conversion)):
+                for suffix in SUFFIXES:
+                    sources, targets = (
+                        [pattern + suffix for pattern in patterns]
+                        for patterns in (conversion._original_source_patterns, conversion._original_target_patterns)
+                    )
+                    if turns(conversion):  # what is stored has been turned already
+                        copy = WeightRenaming(sources, targets)
+                    else:
+                        copy = WeightConverter(sources, targets, operations=list(conversion.operations))
+                    copy.scope_prefix = conversion.scope_prefix
+                    copy.base_model_prefix = conversion.base_model_prefix
+                    copies.append(copy)
+        return weight_conversions + copies
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None for words and scales, which keep the type that they are stored in."""
+        if any(pattern.endswith(SUFFIXES) for pattern in converter.target_patterns):
+            return None
+        return dtype
+
+    def is_serializable(self) -> bool:
+        """The state dict holds the format's own tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are not."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The products are operators of torch."""
+        return True
+
+
+def _is_transposed(target: str, owner: nn.Module, held: Tensor | None, packed: TensorSpec) -> bool:
+    """Whether the model means its parameter `target` as [K, N] or [E, K, N], where `packed` has rows of N."""
+    if held is None or held.dim() == 2:
+        return type(owner).__name__ == "Conv1D"
+    if len(packed.shape) == 2:  # stored one by one, as transformers stacks them
+        return False
+    fits = [packed.shape[1:] == (rows, ceil_div(columns, CODES_PER_WORD))
+            for rows, columns in (held.shape[1:], held.shape[:0:-1])]  # fmt: skip
+    if not any(fits):
+        raise CheckpointError(f"{target!r} is int4 words {list(packed.shape)}, the model expects {list(held.shape)}")
+    if all(fits) and not hasattr(owner, "is_transposed"):
+        raise CheckpointError(
+            f"{target!r}: whether the model means {list(held.shape)} transposed cannot be told; convert it again with "
+            f"--exclude {target!r}"
+        )
+    return bool(owner.is_transposed) if all(fits) else fits[1]
+
+
+def _refuse_random(model: Any) -> None:
+    """Raise `CheckpointError` if transformers drew values for what the checkpoint lacks, but for a new head."""
+    body = f"{model.base_model_prefix}."
+    names = [name for name, held in model.named_parameters() if not getattr(held, INITIALIZED, False)]
+    if drawn := [name for name in names if model.base_model is model or name.startswith(body)]:
+        raise CheckpointError(
+            f"{type(model).__name__} would be random where the checkpoint holds nothing: {some(drawn)}; is it the same "
+            "model and version? fetch the checkpoint again"
+        )
+
+
+def _as_parameters(layer: Int4Linear) -> None:
+    """Make the weight of `layer` parameters as long as it loads: transformers shards nothing else."""
+    for name in [f"weight{suffix}" for suffix in SUFFIXES]:
+        tensor = layer._buffers.pop(name)
+        layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+
+def _as_buffers(path: str, layer: Int4Linear) -> None:
+    """Make the weight of `layer` buffers again: all of it, or with tensor parallelism a part."""
+    held = {suffix: layer._parameters.pop(f"weight{suffix}") for suffix in SUFFIXES}
+    layer.rows, layer.columns = _check_part(f"{path}.weight", held, layer.columns, layer.scheme)
+    for suffix, tensor in held.items():
+        layer.register_buffer(f"weight{suffix}", None if tensor is None else _local(tensor).detach())
+
+
+def _check_part(name: str, held: Mapping[str, Tensor | None], columns: int, scheme: Scheme) -> tuple[int, int]:
+    """The rows and columns that this process holds of the int4 tensor `name`, which has so many `columns` in all.
+
+    Raises `CheckpointError` for scales that cannot be, or a part that cuts a group in two.
+    """
+    parts = {suffix: _local(tensor) for suffix, tensor in held.items() if tensor is not None}
+    check_scale(parts[SCALE])
+    *stack, rows, words = parts[PACKED].shape
+    part = columns if words == ceil_div(columns, CODES_PER_WORD) else words * CODES_PER_WORD
+    whole_groups = part == columns or (scheme.group_size != ROW_WISE and part % scheme.group_size == 0)
+    expected = scheme.stored("", (*stack, rows, part), spec_of(parts[SCALE]).dtype)
+    if not whole_groups or any(tensor.shape != expected[suffix].shape for suffix, tensor in parts.items()):
+        raise CheckpointError(
+            f"{name!r}: has {columns} columns in groups of {scheme.group_size}, a process would hold {rows} rows and "
+            f"{part} columns of it; expected whole groups, and 8 rows that share a word of zero points: use fewer "
+            "processes, or convert the model with a smaller --group-size"
+        )
+    return rows, part
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that several share."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def register() -> None:
+    """Make transformers know the method `i4`."""
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(Int4Config)
+        auto.register_quantizer(METHOD)(Int4Quantizer)
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (Int4Config,)

@@ -1,0 +1,56 @@
+"""Int4 in the place of a parameter: the weight of a linear layer, or the matrices of fused experts."""
+
+import torch
+from torch import nn
+
+from formats.layout import Scheme
+from formats.tensors import TORCH_DTYPES
+from runtime.experts import Int4Experts, Stack, hold_stack
+from runtime.linear import Int4Linear
+
+
+def swap(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    scheme: Scheme,
+    *,
+    transposed: bool,
+    dtype: torch.dtype,
+    scale_dtype: str,
+    activations: str | None = None,
+) -> nn.Module:
+    """Make the parameter `name` of `module`, [N, K] or a stack [E, N, K] in `shape`, an int4 one on meta.
+
+    A linear layer gives way to an `Int4Linear` of type `dtype` with its bias; a module of experts stays, and may mean
+    `transposed` matrices. Returns the module that had the parameter.
+    """
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if len(shape) == 2:
+        rows, columns = shape
+        layer = Int4Linear(columns, rows, scheme, bias=False, dtype=dtype, device="meta", activations=activations)
+        layer.weight_scale = layer.weight_scale.to(TORCH_DTYPES[scale_dtype])
+        layer.bias = owner._parameters.get("bias")
+        module.set_submodule(path, layer.train(owner.training))
+    else:
+        stack = Stack(scheme, shape[-1], transposed, dtype)
+        hold_stack(owner, leaf, stack, scheme.stored(leaf, shape, scale_dtype))
+    return owner
+
+
+def shape_in(owner: nn.Module, leaf: str, *, transposed: bool) -> tuple[int, ...] | None:
+    """[N, K] or [E, N, K] of what could be int4 at `leaf` of `owner`, which may be so already; None if nothing could.
+
+    GPT-2's `Conv1D` is known by its name, like torch's linear layer by its type.
+    """
+    if isinstance(owner, Int4Linear):
+        return owner.rows, owner.columns
+    if isinstance(owner, Int4Experts) and (stack := owner.int4_stacks.get(leaf)):
+        experts, rows, _ = getattr(owner, f"{leaf}_packed").shape
+        return experts, rows, stack.columns
+    weight = owner._parameters.get(leaf)
+    linear = type(owner).__name__ == "Conv1D" if transposed else isinstance(owner, nn.Linear)
+    if weight is None or not (weight.dim() == 3 or linear):
+        return None
+    return tuple(weight.mT.shape if transposed else weight.shape)

@@ -1,0 +1,182 @@
+"""The quantisation method `i4` of transformers: its own `from_pretrained`, on small random models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import convert_folder, stored, write_index
+from safetensors.torch import load_file, save_file
+from test_architectures import GROUPED, IDS, SCHEME, dequantized, logits, random_model
+
+import runtime
+from formats.errors import CheckpointError
+from formats.manifest import read_manifest
+
+transformers = pytest.importorskip("transformers")
+
+from runtime.experts import Int4Experts  # noqa: E402 - behind the check for transformers
+from runtime.integrations.transformers import Int4Config  # noqa: E402
+
+WHOLE = {**GROUPED, "intermediate_size": 128}  # halves of it are whole groups
+MIXTRAL = {**WHOLE, "num_local_experts": 4}
+
+
+def converted(tmp_path: Path, config: str = "LlamaConfig", **fields: Any) -> Path:
+    """The folder of an int4 checkpoint of a random model."""
+    random_model(config, fields or WHOLE).save_pretrained(tmp_path / "source")
+    convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    return tmp_path / "out"
+
+
+def reference(folder: Path) -> Any:
+    """The model that was converted to `folder`, with the values that the codec gives its matrices."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder.parent / "source")
+    return dequantized(model, read_manifest(folder))
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, variant="i4", **options)
+
+
+def test_layers_stay_int4_and_have_the_logits_of_the_dequantised_weights(tmp_path: Path) -> None:
+    folder = converted(tmp_path)
+    loaded = load(folder)
+    logits(loaded)  # not only until they are used
+    assert sum(isinstance(layer, runtime.Int4Linear) for layer in loaded.modules()) == 14
+    assert torch.allclose(logits(loaded), logits(reference(folder)), atol=1e-5)
+
+
+def test_dequantised_it_is_a_model_of_plain_layers(tmp_path: Path) -> None:
+    folder = converted(tmp_path)
+    plain = load(folder, quantization_config=Int4Config(dequantize=True), dtype=torch.bfloat16)
+    expected = reference(folder).to(torch.bfloat16)
+    assert not any(isinstance(layer, runtime.Int4Linear) for layer in plain.modules())
+    assert not hasattr(plain.config, "quantization_config")
+    assert all(torch.equal(p, expected.get_parameter(name)) for name, p in plain.named_parameters())
+
+
+def test_a_loaded_model_can_be_dequantised_later(tmp_path: Path) -> None:
+    folder = converted(tmp_path, "MixtralConfig", **MIXTRAL)
+    plain = load(folder).dequantize()
+    assert not any(isinstance(layer, runtime.Int4Linear | Int4Experts) for layer in plain.modules())
+    assert torch.allclose(logits(plain), logits(load(folder)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("config", "fields"), [("LlamaConfig", WHOLE), ("MixtralConfig", MIXTRAL)])
+def test_saving_writes_the_tensors_back_byte_for_byte(config: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = converted(tmp_path, config, **fields)
+    load(folder).save_pretrained(tmp_path / "again", variant="i4")
+    before, after = stored(folder), stored(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(
+        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
+    )
+    configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
+    assert torch.equal(logits(load(tmp_path / "again")), logits(load(folder)))
+
+
+def test_experts_that_are_stored_one_by_one_become_stacks(tmp_path: Path) -> None:
+    folder = converted(tmp_path, "MixtralConfig", **MIXTRAL)
+    loaded = load(folder)
+    experts = [layer for layer in loaded.modules() if isinstance(layer, Int4Experts)]
+    assert [tuple(one.gate_up_proj_packed.shape) for one in experts] == [(4, 256, 8)] * 2
+    plain = load(folder, quantization_config=Int4Config(dequantize=True))
+    assert torch.allclose(logits(loaded), logits(plain), atol=1e-5)
+
+
+def test_the_models_own_code_may_read_the_experts(tmp_path: Path) -> None:
+    folder = converted(tmp_path, "MixtralConfig", **MIXTRAL)
+    experts = load(folder).model.layers[0].mlp.experts
+    plain = load(folder, quantization_config=Int4Config(dequantize=True)).model.layers[0].mlp.experts
+    assert torch.equal(experts.gate_up_proj, plain.gate_up_proj)
+
+
+def test_a_static_cache_compiles_and_generates_the_same(tmp_path: Path) -> None:
+    folder = converted(tmp_path)
+    model = load(folder)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert model.hf_quantizer.is_compileable
+    eager = model.generate(IDS[:, :4], **options)
+    static = model.generate(IDS[:, :4], cache_implementation="static", **options)
+    assert torch.equal(eager, static)
+
+
+def test_the_compiler_takes_layers_and_experts_whole(tmp_path: Path) -> None:
+    folder = converted(tmp_path, "MixtralConfig", **MIXTRAL)
+    model = load(folder)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(logits(compiled), logits(model), atol=1e-5)
+
+
+def test_gradients_pass_through_experts(tmp_path: Path) -> None:
+    folder = converted(tmp_path, "MixtralConfig", **MIXTRAL)
+    model = load(folder)
+    model(IDS).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
+TENSOR_PARALLEL = """
+import os, sys, torch, runtime, transformers
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], variant="i4", tp_plan="auto")
+layer = model.model.layers[0].self_attn.q_proj
+with torch.no_grad():
+    logits = model(torch.arange(20)[None]).logits
+torch.save((logits, type(layer).__name__, list(layer.weight_packed.shape)), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+"""
+
+
+def two_processes(folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "program.py").write_text(TENSOR_PARALLEL)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [*run, str(folder / "program.py"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize(("config", "fields"), [("LlamaConfig", WHOLE), ("MixtralConfig", MIXTRAL)])
+def test_two_processes_hold_half_of_each_layer(config: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    folder = converted(tmp_path, config, **fields)
+    expected = logits(load(folder))
+    done = two_processes(folder)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        found, kind, shape = torch.load(folder / f"{rank}.pt")
+        assert (kind, shape) == ("Int4Linear", [32, 8])
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_processes_that_would_share_a_group_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    done = two_processes(converted(tmp_path, **{**WHOLE, "intermediate_size": 96}))
+    assert done.returncode != 0
+    assert "'model.layers.0.mlp.down_proj.weight': has 96 columns in groups of 32, a process would hold" in done.stderr
+
+
+def drop(folder: Path, *names: str) -> None:
+    """Take tensors out of the shard, and the index."""
+    path = folder / "model.i4.safetensors"
+    tensors = load_file(path)
+    for name in names:
+        del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    write_index(folder, dict.fromkeys(tensors, path.name))
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("names", [[f"{Q}_scale"], [f"{Q}_packed", f"{Q}_scale"]], ids=["scale", "both"])
+def test_a_model_is_never_half_random(names: list[str], tmp_path: Path) -> None:
+    folder = converted(tmp_path)
+    drop(folder, *names)
+    with pytest.raises(CheckpointError, match=r"q_proj|scale"):
+        load(folder)
