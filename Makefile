@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs dist clean
 
 test: lint types
 	$(BIN)/pytest
@@ -20,6 +20,14 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+
+dist: $(READY)
+	rm -rf dist *.egg-info
+	$(BIN)/python -m build --quiet --no-isolation
+	$(BIN)/python tests/check_dist.py dist
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -67,7 +67,8 @@ class Calibration:
         quantized = [tensor for tensor in plan.tensors if tensor.quantized]
         self.other = [tensor.name for tensor in quantized if len(tensor.spec.shape) != 2 or tensor.transposed]
         matrices = {tensor.name for tensor in quantized} - set(self.other)
-        self.model: Any = build(source.folder, torch.float32, stored=torch.float32)
+        otherwise = "convert it without --calibration"
+        self.model: Any = build(source.folder, torch.float32, stored=torch.float32, otherwise=otherwise)
         self.prefix, self.layers = decoder_layers(self.model, matrices)
         self.matrices = {name for name in matrices if name.startswith(self.prefix)}
 
@@ -110,6 +111,8 @@ class Calibration:
                 hidden.append(recorders[0].hidden.cpu())
                 if len(hidden) == 1:
                     calls = [Call(recorder.args, recorder.kwargs) for recorder in recorders]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever the model's own code makes of it
             raise CheckpointError(
                 f"{self.source.folder}: cannot be calibrated ({first_line(error)}); convert it without --calibration"

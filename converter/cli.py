@@ -18,14 +18,16 @@ from converter.calibrate import LayerReport
 from converter.convert import DEFAULT_GROUP_SIZE, convert, recipe_for
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
+from converter.push import Upload, published
 from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
 from converter.ranks import Ranks, joined_ranks, local_device
 from converter.source import Source, open_source
 from formats import __version__
 from formats.command import echo, run
 from formats.devices import keep_freed_memory, parse_devices, peak_memory
-from formats.errors import UsageError, some
-from formats.manifest import CalibrationRecord, Manifest
+from formats.errors import Int4Error, UsageError, some
+from formats.layout import MAX_SIZE
+from formats.manifest import CalibrationRecord, FileRecord, Manifest
 from formats.sizes import Sizes
 from formats.texts import calibration_text, drawn_windows, tokenize
 
@@ -44,7 +46,7 @@ NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 @click.option("--calibration", metavar="TEXT", help="A UTF-8 file, or wikitext2, to run the model on: gptq needs it.")
 @click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, help="Tokens of it, at most.")
 @click.option("--seq-len", default=512, help="Tokens in a window of the calibration.")
-@click.option("--seed", default=0, help="Of the draw of windows.")
+@click.option("--seed", type=click.IntRange(0, MAX_SIZE), default=0, help="Of the draw of windows.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantise these too, such as lm_head (repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these as they are (repeatable).")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.  [default: its main branch]")
@@ -54,6 +56,9 @@ NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 @click.option(
     "--dry-run", is_flag=True, help="Print what would happen to each tensor; fetch no weights, write nothing."
 )
+@click.option("--push-to", metavar="REPO_ID", help="Publish it on the Hub, shard by shard while others are converted.")
+@click.option("--private", is_flag=True, help="With --push-to: for yourself alone, if the repository is new.")
+@click.option("--create-pr", is_flag=True, help="With --push-to: as a pull request.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in OUT_DIR.")
 @click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary (and with --dry-run the plan) as JSON.")
@@ -74,6 +79,9 @@ def command(
     devices: str | None,
     low_disk: bool,
     dry_run: bool,
+    push_to: str | None,
+    private: bool,
+    create_pr: bool,
     overwrite: bool,
     quiet: bool,
     as_json: bool,
@@ -86,6 +94,7 @@ def command(
     """
     ranks = click.get_current_context().with_resource(joined_ranks())
     _check_options(method or DEFAULT_METHOD, calibration, low_disk=low_disk, ranks=ranks)
+    _check_publishing(push_to, private=private, create_pr=create_pr, ranks=ranks)
     chosen = parse_devices(local_device(ranks) if devices is None else devices)
     staging = out_dir / STAGING_NAME if low_disk else None
     source = open_source(model, revision, staging=staging, headers_only=dry_run, quiet=quiet)
@@ -100,6 +109,10 @@ def command(
     if dry_run:
         _print_plan(plan, source, as_json)
         return
+    upload = None
+    if push_to is not None:
+        begun = Upload(push_to, private=private, create_pr=create_pr, quiet=quiet)
+        upload = click.get_current_context().with_resource(begun)
     keep_freed_memory()
     if source.layout is None:
         warm_up(plan, chosen)
@@ -111,12 +124,14 @@ def command(
         started = time.monotonic()
         manifest = convert(
             source, plan, out_dir, chosen, windows=windows, overwrite=overwrite, ranks=ranks, progress=done.update,
-            calibrated=partial(_show_layer, layers),
+            calibrated=partial(_show_layer, layers), written=partial(_send, upload, out_dir),
         )  # fmt: skip
         seconds = time.monotonic() - started
     shutil.rmtree(out_dir / STAGING_NAME, ignore_errors=True)  # of this run, or of one that was interrupted
     if ranks.leads:
         _print_summary(manifest, out_dir, chosen, seconds, as_json=as_json, quiet=quiet)
+    if upload is not None:
+        _publish(upload, out_dir, manifest, quiet=quiet or as_json)
 
 
 def _check_options(method: str, calibration: str | None, *, low_disk: bool, ranks: Ranks) -> None:
@@ -130,6 +145,27 @@ def _check_options(method: str, calibration: str | None, *, low_disk: bool, rank
         raise UsageError("--low-disk: calibration reads all of the model twice; leave one of the two out")
     if calibration is not None and ranks.size > 1:
         raise UsageError("--calibration: goes from layer to layer in one process; run it without torchrun")
+
+
+def _check_publishing(push_to: str | None, *, private: bool, create_pr: bool, ranks: Ranks) -> None:
+    if push_to is None and (private or create_pr):
+        raise UsageError("--private and --create-pr say how to publish; give --push-to REPO_ID too")
+    if push_to is not None and ranks.size > 1:
+        raise UsageError("--push-to: is done by one process; run int4-push afterwards, without torchrun")
+
+
+def _send(upload: Upload | None, out_dir: Path, shard: FileRecord) -> None:
+    if upload is not None:
+        upload.put(shard, out_dir / shard.name)
+
+
+def _publish(upload: Upload, out_dir: Path, manifest: Manifest, *, quiet: bool) -> None:
+    try:
+        where = upload.commit(out_dir, manifest)
+    except Int4Error as error:
+        raise type(error)(f"{error}. The checkpoint is whole: int4-push {out_dir} {upload.repo_id} goes on") from None
+    if not quiet:
+        echo(published(upload, where))
 
 
 def _share_bytes(plan: Plan, ranks: Ranks) -> int:
@@ -183,4 +219,4 @@ def _print_plan(plan: Plan, source: Source, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of `int4-convert`."""
-    run(command)
+    run(command, once_stopped="; the same command goes on behind the files that are finished")

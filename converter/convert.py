@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from converter.calibrate import Calibration, LayerReport
-from converter.output import OutputDir
+from converter.output import HASHING_THREADS, OutputDir
 from converter.plan import Plan
 from converter.prepared import PreparedLayers
 from converter.quantize import DEFAULT_METHOD
@@ -17,9 +18,11 @@ from converter.ranks import Ranks
 from converter.shards import convert_shards
 from converter.source import Source
 from formats import __version__
+from formats.devices import room_for
 from formats.errors import UsageError, some
+from formats.files import hash_file
 from formats.layout import Scheme
-from formats.manifest import CalibrationRecord, Manifest, Recipe
+from formats.manifest import CalibrationRecord, FileRecord, Manifest, Recipe
 from formats.records import to_json
 from formats.strict_json import canonical
 
@@ -80,6 +83,7 @@ def convert(
     ranks: Ranks = Ranks(),  # noqa: B008 - a frozen value
     progress: Callable[[int], object] = lambda nbytes: None,
     calibrated: Callable[[LayerReport], object] = lambda report: None,
+    written: Callable[[FileRecord], object] = lambda file: None,
 ) -> Manifest:
     """Carry out `plan` and return what was written; `progress` is called with the source bytes of each chunk done.
 
@@ -88,20 +92,24 @@ def convert(
     `ranks` begins and finishes.
 
     A calibrated recipe comes with the `windows` [W, T] of tokens that it names; `calibrated` is called for each layer,
-    and an interrupted calibration goes on where it stopped. Raises `CheckpointError`, `OutputError` or
+    and an interrupted calibration goes on where it stopped. `written` is called with each shard that is whole, in any
+    thread. Raises `CheckpointError`, `OutputError` or
     `TemporaryError`; then `out_dir` holds no manifest.
     """
     out = OutputDir(out_dir, source, plan, overwrite=overwrite)
     with ExitStack() as stack:
         out.keep(ranks.led(lambda: stack.enter_context(out).kept))
-        prepared = PreparedLayers(out_dir, _key(source, plan.recipe))
+        prepared = PreparedLayers(out_dir, "" if windows is None else _key(source, plan.recipe))
         if windows is not None:
-            for report in Calibration(source, plan, devices[0]).run(windows, prepared):
-                calibrated(report)
+            with room_for(f"{source.id}: calibration"):
+                for report in Calibration(source, plan, devices[0]).run(windows, prepared):
+                    calibrated(report)
         remaining = ranks.share(out.remaining)
         done = ranks.share([shard for shard in plan.shards if shard not in out.remaining])
         progress(sum(tensor.spec.nbytes for shard in done for tensor in shard.tensors))
-        convert_shards(source, out, remaining, devices, prepared, progress)
+        for shard in done:
+            written(out.kept[shard.output].file)
+        convert_shards(source, out, remaining, devices, prepared, progress, written)
         ranks.led(lambda: None)  # all have done their part
         manifest = ranks.led(out.finish)
         prepared.clear()
@@ -110,9 +118,10 @@ def convert(
 
 def _key(source: Source, recipe: Recipe) -> str:
     """What layers that are quantised depend on: every option, and the files of the source as they are."""
-    files = {}
-    if source.revision is None:  # a commit does not change
-        stats = {name: (source.folder / name).stat() for name in source.shards}
-        files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    text = canonical({"recipe": to_json(recipe), "source": [source.id, source.revision], "files": files})
+    digests = {}
+    if source.revision is None:  # a commit does not change; times say nothing, a copied file may have those of another
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            files = pool.map(lambda name: hash_file(source.folder / name, source.roots)[1], source.shards)
+            digests = dict(zip(source.shards, files, strict=True))
+    text = canonical({"recipe": to_json(recipe), "source": [source.id, source.revision], "files": digests})
     return hashlib.sha256(text).hexdigest()

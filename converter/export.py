@@ -17,7 +17,7 @@ from formats.checkpoint import Checkpoint
 from formats.codec import Quantized
 from formats.container import SUFFIX, Writer
 from formats.errors import CheckpointError, OutputError, some
-from formats.files import leaves, lock, make_folder, publish, publish_bytes, read_small, remove_below
+from formats.files import leaves, link_roots, lock, make_folder, publish, publish_bytes, read_small, remove_below
 from formats.interop import LAYOUTS
 from formats.interop.base import Layout
 from formats.interop.groups import can_split, split
@@ -86,7 +86,7 @@ def export(
         for name in side_files:
             make_folder((out_dir / name).parent)
             with publish(out_dir / name) as file:
-                file.copy(checkpoint.folder / name, checkpoint.roots)
+                file.copy(checkpoint.folder / name, link_roots(checkpoint.folder))
         publish_bytes(out_dir / CONFIG_NAME, _json(config))
     found, size = manifest.sizes, layout.scheme.group_size
     return Exported(to, size, found.quantized, len(proofs), found.kept, total, all(proofs))
@@ -207,7 +207,7 @@ def _config(checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
     """The checkpoint's configuration, with what loaders of the other format have to know."""
     path, config = checkpoint.folder / CONFIG_NAME, {}
     if CONFIG_NAME in checkpoint.files:
-        config = parse_object(read_small(path, checkpoint.roots), str(path), constants=True)
+        config = parse_object(read_small(path, link_roots(checkpoint.folder)), str(path), constants=True)
         config.pop("quantization_config", None)
     rows = checkpoint.manifest.tensors
     kept = [_module(row) for row in rows if not row.quantized and never_quantized(row.name, row.spec) is None]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from converter.journal import JOURNAL_NAME, Journal, ShardRecord, ShardRecords, 
 from converter.plan import Plan, ShardPlan
 from converter.source import CONFIG_NAME, Source
 from formats.container import Writer
-from formats.errors import CheckpointError, OutputError, some
+from formats.errors import CheckpointError, Int4Warning, OutputError, some
 from formats.files import (
     hash_file,
     leaves,
@@ -229,6 +230,9 @@ class OutputDir:
 
     def _kept(self, shards: dict[str, ShardRecord], sound: set[str]) -> dict[str, ShardRecord]:
         """Those of `shards` whose bytes are sound; raises `OutputError` where their source has changed since."""
+        if damaged := [name for name in sorted(shards.keys() - sound) if (self.folder / name).exists()]:
+            text = f"{self.folder}: {some(damaged)} changed since they were written; they are made again"
+            warnings.warn(text, Int4Warning, stacklevel=2)
         kept = {name: record for name, record in shards.items() if name in sound}
         sources = {record.source.name: record.source for record in kept.values()}
         with ThreadPoolExecutor(HASHING_THREADS) as pool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from converter.orientation import orientations
 from converter.source import Source
+from formats.container import MAX_NAME_BYTES
 from formats.errors import CheckpointError, UsageError
 from formats.layout import TensorSpec, stored_tensors
 from formats.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_SUFFIX, Recipe
@@ -144,6 +145,11 @@ def _check_collisions(plan: Plan, source: Source) -> None:
             raise CheckpointError(
                 f"{source.folder}: {tensor.name!r} would be stored as {taken}, a name that the source holds already; "
                 "keep it with --exclude"
+            )
+        if longest := [name for name in tensor.stored if len(name.encode()) > MAX_NAME_BYTES]:
+            raise CheckpointError(
+                f"{source.folder}: {tensor.name!r} would be stored as {longest[0]!r}, a name of over {MAX_NAME_BYTES} "
+                "bytes; keep it with --exclude"
             )
         seen |= tensor.stored.keys()
     if taken := [name for name in source.side_files if name in (MANIFEST_NAME, INDEX_NAME)]:

@@ -11,7 +11,7 @@ from formats.container import SUFFIX, Container, Writer
 from formats.errors import CheckpointError
 from formats.files import clear_folder, make_folder, publish
 from formats.layout import PACKED, SCALE, ZERO_POINT
-from formats.tensors import bytes_of, spec_of, tensor_from
+from formats.tensors import bytes_of, read_tensor, spec_of
 
 FOLDER_NAME = ".int4-convert-layers"
 OURS = re.compile(rf"layer-\d{{5}}{re.escape(SUFFIX)}")
@@ -87,7 +87,7 @@ def _errors(container: Container) -> dict[str, float]:
 
 def _read(container: Container, name: str, output_error: float) -> Prepared:
     packed, scale, zero_point = (
-        tensor_from(container.read(stored), container.tensors[stored].spec) if stored in container.tensors else None
+        read_tensor(container, stored) if stored in container.tensors else None
         for stored in (name + PACKED, name + SCALE, name + ZERO_POINT)
     )
     if packed is None or scale is None:

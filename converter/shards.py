@@ -15,6 +15,7 @@ from converter.plan import ShardPlan
 from converter.prepared import PreparedLayers
 from converter.source import Source
 from converter.weights import Weights
+from formats.manifest import FileRecord
 
 SHARDS_AT_ONCE = 4  # on a GPU, because one thread hashes more slowly than a disk reads; a CPU is busy with one
 
@@ -26,8 +27,12 @@ def convert_shards(
     devices: Sequence[torch.device],
     prepared: PreparedLayers,
     progress: Callable[[int], object],
+    written: Callable[[FileRecord], object],
 ) -> None:
-    """Convert `shards` into `out`, each on the next device that is idle; the first error ends them all."""
+    """Convert `shards` into `out`, each on the next device that is idle; the first error ends them all.
+
+    `progress` gets source bytes of chunks that are done, `written` each shard once it is whole.
+    """
     idle: SimpleQueue[torch.device] = SimpleQueue()
     for device in [device for _ in range(SHARDS_AT_ONCE) for device in devices if device.type == "cuda"] or devices:
         idle.put(device)
@@ -44,6 +49,7 @@ def convert_shards(
         device = idle.get()
         try:
             convert_shard(source, shard, out, device, prepared, note)
+            written(out.kept[shard.output].file)
         finally:
             idle.put(device)
             ahead.done_with(shard.source)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,14 +17,14 @@ from converter.fp8 import BlockScaled, block_scaled, block_size
 from converter.packed import PackedMatrix, int4_layout, packed_matrices
 from converter.weights import FILES_STAGED, FolderWeights, HubWeights, Weights
 from formats.container import SUFFIX, Container
-from formats.errors import CheckpointError, TemporaryError, UsageError, some
+from formats.errors import CheckpointError, Int4Warning, TemporaryError, UsageError, some
 from formats.files import link_roots, open_regular, read_small, safe_name
 from formats.hub import download, list_files
 from formats.interop import LAYOUTS
 from formats.interop.base import Layout
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
-from formats.tensors import tensor_from
+from formats.tensors import read_tensor, tensor_from
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -94,7 +95,7 @@ class Source:
     def read(self, name: str) -> Tensor:
         """A tensor as the model has it; not one that is `packed`."""
         with self.open(self.shard_of[name]) as container:
-            tensor = tensor_from(container.read(name), container.tensors[name].spec)
+            tensor = read_tensor(container, name)
         return self.fp8[name].decode(tensor, 0, self.read_scales(name)) if name in self.fp8 else tensor
 
     def matrices(self, name: str) -> Iterator[Tensor]:
@@ -112,9 +113,7 @@ class Source:
 
     def read_scales(self, name: str) -> Tensor:
         """The scales of a tensor in FP8."""
-        stored = self.fp8[name]
-        with self.open(stored.shard) as container:
-            return tensor_from(container.read(stored.scale), container.tensors[stored.scale].spec)
+        return self._read_beside(name, self.fp8[name].shard, self.fp8[name].scale)
 
     def stored_name(self, name: str) -> str:
         """The tensor of its file that is read, chunk by chunk, for the tensor `name` of the model."""
@@ -122,12 +121,16 @@ class Source:
 
     def read_parts(self, name: str) -> dict[str, Tensor]:
         """What stands beside the words of a matrix in int4."""
-        matrix, found = self.packed[name], {}
-        for part, (shard, spec) in matrix.parts.items():
-            if part != matrix.layout.words:
-                with self.open(shard) as container:
-                    found[part] = tensor_from(container.read(matrix.stored(part)), spec)
-        return found
+        matrix = self.packed[name]
+        parts = {part: shard for part, (shard, _) in matrix.parts.items() if part != matrix.layout.words}
+        return {part: self._read_beside(name, shard, matrix.stored(part)) for part, shard in parts.items()}
+
+    def _read_beside(self, name: str, shard: str, stored: str) -> Tensor:
+        """The tensor `stored` in `shard`, for the tensor `name` of the model, whose own file is worked on."""
+        if shard != self.shard_of[name]:
+            return self.weights.read(shard, stored)
+        with self.open(shard) as container:
+            return read_tensor(container, stored)
 
     @cached_property
     def shard_of(self) -> dict[str, str]:
@@ -158,17 +161,22 @@ def open_source(
     only = [CONFIG_NAME, INDEX_NAME] if headers_only else None
     folder = download(model, revision, allow=only, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES], quiet=quiet)
     commit = folder.name
+    weights: Weights
     try:
         files = list_files(model, commit)
+        weights = HubWeights(model, commit, files, staging, quiet=quiet)
+        has_parts = any(fnmatchcase(name, OTHER_PARTS) for name in files)
     except TemporaryError:
         if not all((folder / name).exists() for name in _weight_files(folder, link_roots(folder))):
             raise
-        return _read(folder, model, commit, FolderWeights(folder, link_roots(folder)))
-    source = _read(folder, model, commit, HubWeights(model, commit, files, staging, quiet=quiet))
-    if headers_only or not any(fnmatchcase(name, OTHER_PARTS) for name in files):
+        weights, has_parts = FolderWeights(folder, link_roots(folder)), True  # for all that can be known here
+        text = f"{model}: the Hub cannot be reached; the files in its cache are taken for all of {commit}"
+        warnings.warn(text, Int4Warning, stacklevel=2)
+    source = _read(folder, model, commit, weights)
+    if headers_only or not has_parts:
         return source
     download(model, commit, allow=[OTHER_PARTS], quiet=quiet)
-    return replace(source, side_files=tuple(_side_files(folder, source.roots)))
+    return replace(source, side_files=_copied(folder, source.roots, source.layout))
 
 
 def _read(folder: Path, name: str, commit: str | None, weights: Weights) -> Source:
@@ -180,10 +188,9 @@ def _read(folder: Path, name: str, commit: str | None, weights: Weights) -> Sour
     packed = {} if layout is None else packed_matrices(shards, layout, _dtype(config), str(folder))
     shards = _as_meant(shards, fp8, packed)
     _refuse_quantized(folder, shards)
-    side_files = tuple(_side_files(folder, roots))
+    side_files = _copied(folder, roots, layout)
     if layout is not None:
         config = {key: value for key, value in (config or {}).items() if key not in QUANTIZATION_KEYS}
-        side_files = tuple(file for file in side_files if file not in QUANTIZATION_FILES)
     return Source(name, commit, folder, roots, config, shards, side_files, weights, fp8, layout, packed)
 
 
@@ -243,21 +250,23 @@ def _dtype(config: dict[str, Any] | None) -> str:
     return "F16" if "float16" in (config.get("dtype"), config.get("torch_dtype")) else "BF16"
 
 
-def _weight_map(path: Path, roots: tuple[Path, ...]) -> dict[str, str]:
-    weight_map = parse_object(read_small(path, roots), str(path)).get("weight_map")
+def _read_index(path: Path, roots: tuple[Path, ...]) -> tuple[dict[str, str], Any]:
+    """The file of each tensor, and the size of all of them as the index has it."""
+    index = parse_object(read_small(path, roots), str(path))
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: has no weight_map from tensor names to file names; fetch it again")
     for name in sorted(set(weight_map.values())):
         safe_name(name, str(path))
         if not name.endswith(SUFFIX):
             raise CheckpointError(f"{path}: names {name!r}; expected only {SUFFIX} files: nothing else is ever opened")
-    return weight_map
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _weight_files(folder: Path, roots: tuple[Path, ...]) -> list[str]:
     """The names of the weight files, by the index if there is one."""
     index = folder / INDEX_NAME
-    return sorted(set(_weight_map(index, roots).values())) if index.exists() else [SINGLE_NAME]
+    return sorted(set(_read_index(index, roots)[0].values())) if index.exists() else [SINGLE_NAME]
 
 
 def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dict[str, dict[str, TensorSpec]]:
@@ -267,7 +276,7 @@ def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dic
             raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(weights)}")
         _refuse_strays(folder, weights, {SINGLE_NAME}, SINGLE_NAME)
         return {SINGLE_NAME: weights.header(SINGLE_NAME)}
-    weight_map = _weight_map(index, roots)
+    weight_map, total_size = _read_index(index, roots)
     names = sorted(set(weight_map.values()))
     missing = [name for name in names if not weights.has(name)]
     if missing:
@@ -276,6 +285,10 @@ def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dic
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         shards = dict(zip(names, pool.map(weights.header, names), strict=True))
     _compare_with_index(weight_map, shards, index)
+    found = sum(spec.nbytes for tensors in shards.values() for spec in tensors.values())
+    if total_size not in (None, found):
+        text = f"{index}: total_size is {total_size!r:.40}, its shards hold {found} bytes; the shards count"
+        warnings.warn(text, Int4Warning, stacklevel=2)
     return shards
 
 
@@ -309,7 +322,8 @@ def _refuse_quantized(folder: Path, shards: dict[str, dict[str, TensorSpec]]) ->
     for shard, tensors in shards.items():
         for name, spec in tensors.items():
             is_mlx = spec.dtype == "U32" and f"{name.removesuffix('.weight')}.scales" in names
-            if name.endswith(QUANTIZED_SUFFIXES) or spec.dtype in QUANTIZED_DTYPES or is_mlx:
+            is_int8 = spec.dtype in ("I8", "U8") and name.endswith(".weight") and len(spec.shape) == 2
+            if name.endswith(QUANTIZED_SUFFIXES) or spec.dtype in QUANTIZED_DTYPES or is_mlx or is_int8:
                 raise CheckpointError(
                     f"{folder / shard}: tensor {name!r} ({spec}) belongs to a model that is already quantised; "
                     "expected 16- or 32-bit weights: convert the model that it was made from"
@@ -322,6 +336,12 @@ def _found_instead(weights: Weights) -> str:
         f"found {some(files) or 'no weight files'}. Only safetensors files of these names are read, and pickled "
         "weights are never opened: save the model again with transformers' save_pretrained"
     )
+
+
+def _copied(folder: Path, roots: tuple[Path, ...], layout: Layout | None) -> tuple[str, ...]:
+    """The side files, but for those about the quantisation of a source that is in int4 already."""
+    left_out = () if layout is None else QUANTIZATION_FILES
+    return tuple(name for name in _side_files(folder, roots) if name not in left_out)
 
 
 def _side_files(folder: Path, roots: tuple[Path, ...]) -> Iterator[str]:

@@ -4,12 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from formats.container import Container, parse_header
+from torch import Tensor
+
+from formats.container import Container, Header, parse_header
 from formats.errors import CheckpointError
 from formats.files import hash_file, link_roots, remove
-from formats.hub import RemoteFile, cached, fetch, read_beginning
+from formats.hub import RemoteFile, cached, fetch, read_part
 from formats.layout import TensorSpec
 from formats.manifest import FileRecord
+from formats.tensors import read_tensor, tensor_from
 
 HEADER_GUESS = 1 << 16  # bytes of a remote file that are asked for first; most headers are no longer
 
@@ -38,6 +41,9 @@ class Weights(Protocol):
 
     def open(self, name: str) -> Container:
         """Open a file, fetched before or now."""
+
+    def read(self, name: str, tensor: str) -> Tensor:
+        """A tensor of a file that is not worked on, so that it need not be kept on this machine."""
 
     def check(self, file: FileRecord) -> None:
         """Raise `CheckpointError` if what was read as `file` is not what it is to be."""
@@ -82,6 +88,11 @@ class FolderWeights:
         """See `Weights`."""
         return Container(self.folder / name, self.roots)
 
+    def read(self, name: str, tensor: str) -> Tensor:
+        """See `Weights`."""
+        with self.open(name) as container:
+            return read_tensor(container, tensor)
+
     def check(self, file: FileRecord) -> None:
         """See `Weights`; a folder promises nothing."""
 
@@ -106,6 +117,7 @@ class HubWeights:
         self.staging = staging
         self.most: int | None = None if staging is None else FILES_STAGED
         self.quiet = quiet
+        self._headers: dict[str, Header] = {}
 
     def names(self) -> list[str]:
         """See `Weights`."""
@@ -119,9 +131,11 @@ class HubWeights:
         """See `Weights`; by range requests unless the file is cached."""
         if not self.missing_bytes(name):
             with self.open(name) as container:
-                return container.header.specs
-        size = self.files[name].size
-        return parse_header(self._reader(name, size), size, f"{self.repo_id}: {name}").specs
+                self._headers[name] = container.header
+        else:
+            size = self.files[name].size
+            self._headers[name] = parse_header(self._reader(name, size), size, f"{self.repo_id}: {name}")
+        return self._headers[name].specs
 
     def missing_bytes(self, name: str) -> int:
         """See `Weights`."""
@@ -135,6 +149,14 @@ class HubWeights:
         """See `Weights`."""
         path = self._path(name)
         return Container(path, link_roots(path.parents[name.count("/")]))
+
+    def read(self, name: str, tensor: str) -> Tensor:
+        """See `Weights`: where weights are staged, by a range request, because a whole file would be one too many."""
+        if self.staging is None or not self.missing_bytes(name):
+            with self.open(name) as container:
+                return read_tensor(container, tensor)
+        entry = self._headers[name].tensors[tensor]
+        return tensor_from(bytearray(self._part(name, entry.start, entry.end)), entry.spec)
 
     def check(self, file: FileRecord) -> None:
         """See `Weights`: the Hub knows the SHA-256 of large files, and its client compares sizes alone."""
@@ -166,9 +188,15 @@ class HubWeights:
         def read(count: int) -> bytes:
             nonlocal data
             if len(data) < count:
-                data = read_beginning(self.repo_id, self.commit, name, min(size, max(count, HEADER_GUESS)))
-            if len(data) < count:
-                raise CheckpointError(f"{self.repo_id}: {name} ends at byte {len(data)}, expected {size}; try again")
+                data = self._part(name, 0, min(size, max(count, HEADER_GUESS)))
             return data[:count]
 
         return read
+
+    def _part(self, name: str, start: int, end: int) -> bytes:
+        data = read_part(self.repo_id, self.commit, name, start, end)
+        if len(data) < end - start:
+            raise CheckpointError(
+                f"{self.repo_id}: {name} ends at byte {start + len(data)}, expected at least {end}; try again"
+            )
+        return data

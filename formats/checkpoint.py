@@ -17,11 +17,11 @@ from formats.container import Container
 from formats.errors import CheckpointError
 from formats.files import hash_file, link_roots
 from formats.layout import SCALE, TensorSpec
-from formats.manifest import SHARD_METADATA, FileRecord, Manifest, read_manifest
-from formats.tensors import TORCH_DTYPES, view_of
+from formats.manifest import CARD_NAME, SHARD_METADATA, FileRecord, Manifest, read_manifest
+from formats.tensors import read_tensor
 
 READING_THREADS = 8  # one alone hashes more slowly than a disk reads
-PIECE_BYTES = 16 << 20  # of a tensor, on its way to a GPU
+HASHED_BYTES = 4 << 20  # of a file at a time, to verify it
 AHEAD_BYTES = 1 << 31  # of tensors that are read before they are asked for
 
 
@@ -41,7 +41,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.roots = link_roots(folder)  # no file outside them is opened, whatever a link says
+        self._roots = link_roots(folder)  # no file outside them is opened, whatever a link says
         self.manifest: Manifest = read_manifest(folder)
         self.files: dict[str, FileRecord] = {file.name: file for file in self.manifest.files}
         scheme, rows = self.manifest.recipe.scheme, self.manifest.tensors
@@ -83,20 +83,48 @@ class Checkpoint:
                 for name, entry in container.tensors.items()
             }
 
-    def verify(self) -> None:
-        """Check every byte of every listed file; raises `CheckpointError` at the first that is wrong."""
-        for _ in self.stream():
-            pass
-        with ThreadPoolExecutor(READING_THREADS) as pool:
-            found = pool.map(lambda name: hash_file(self.folder / name, self.roots)[1], self.files)
-            for name, digest in zip(self.files, found, strict=True):
-                self._check_digest(name, digest)
+    def verify(self) -> int:
+        """Check every byte of every listed file but the card, read once, and return how many these are.
+
+        Raises `CheckpointError` at the first that is wrong.
+        """
+        names = [name for name in self.files if name != CARD_NAME]
+        with ExitStack() as stack, ThreadPoolExecutor(READING_THREADS) as pool:
+            shards = {container.path.name: container for container in self._containers(stack)}
+
+            def digest_of(name: str) -> str:
+                return (
+                    self._hash_shard(shards[name]) if name in shards else hash_file(self.folder / name, self._roots)[1]
+                )
+
+            for name, digest in zip(names, pool.map(digest_of, names), strict=True):
+                self._check_file(name, digest)
+        return len(names)
+
+    def _hash_shard(self, container: Container) -> str:
+        """The SHA-256 of a shard, whose tensors are checked on the way."""
+        whole, digests = hashlib.sha256(), {name: hashlib.sha256() for name in container.tensors}
+        pieces = [
+            (name, (start, min(start + HASHED_BYTES, entry.end)))
+            for name, entry in container.tensors.items()
+            for start in range(entry.start, entry.end, HASHED_BYTES)
+        ]
+        size = max((end - start for _, (start, end) in pieces), default=0)
+        buffers = [memoryview(bytearray(size)) for _ in range(4)]
+        chunks = container.chunks([span for _, span in pieces], buffers, whole)
+        for (name, _), chunk in zip(pieces, chunks, strict=True):
+            digests[name].update(chunk)
+        for name, digest in digests.items():
+            self._check_tensor(container, name, digest)
+        for name in self._scales & digests.keys():
+            _check_scale(container, name, read_tensor(container, name))
+        return whole.hexdigest()
 
     def _containers(self, stack: ExitStack) -> Iterator[Container]:
         """Every shard, opened until `stack` ends, which sees that none has changed meanwhile."""
         for shard, specs in self.manifest.shards.items():
             path = self.folder / shard
-            container = stack.enter_context(Container(path, self.roots))
+            container = stack.enter_context(Container(path, self._roots))
             stack.callback(container.refuse_changed)
             _compare(specs, container, path)
             yield container
@@ -104,19 +132,20 @@ class Checkpoint:
     def _read(self, container: Container, name: str, verify: bool, device: torch.device | None) -> Tensor:
         digest = hashlib.sha256() if verify else None
         tensor = read_tensor(container, name, device, digest)
-        if digest is not None and (found := digest.hexdigest()) != self._digests[name]:
+        if digest is not None:
+            self._check_tensor(container, name, digest)
+        if name in self._scales:
+            _check_scale(container, name, tensor)
+        return tensor
+
+    def _check_tensor(self, container: Container, name: str, digest: "hashlib._Hash") -> None:
+        if (found := digest.hexdigest()) != self._digests[name]:
             raise CheckpointError(
                 f"{container.path}: tensor {name!r} has the SHA-256 {found[:12]}…, the manifest says "
                 f"{self._digests[name][:12]}…; the file is damaged: fetch it again"
             )
-        if name in self._scales:
-            try:
-                check_scale(tensor)
-            except CheckpointError as error:
-                raise CheckpointError(f"{container.path}: {name}: {error}") from None
-        return tensor
 
-    def _check_digest(self, name: str, found: str) -> None:
+    def _check_file(self, name: str, found: str) -> None:
         expected = self.files[name].sha256
         if found != expected:
             raise CheckpointError(
@@ -125,30 +154,16 @@ class Checkpoint:
             )
 
 
-def read_tensor(
-    container: Container, name: str, device: torch.device | None = None, digest: "hashlib._Hash | None" = None
-) -> Tensor:
-    """A tensor of `container` on `device`, or the CPU, piece by piece; `digest` is fed its bytes."""
-    entry = container.tensors[name]
-    tensor = torch.empty(entry.spec.shape, dtype=TORCH_DTYPES[entry.spec.dtype], device=device)
-    on_host = tensor.device.type == "cpu"
-    octets = tensor.flatten().view(torch.uint8)
-    place = octets if on_host else torch.empty(min(len(octets), PIECE_BYTES), dtype=torch.uint8, pin_memory=True)
-    view = view_of(place)
-    for start in range(0, len(octets), PIECE_BYTES):
-        end = min(start + PIECE_BYTES, len(octets))
-        piece = view[start:end] if on_host else view[: end - start]
-        container.read_into(piece, entry.start + start)
-        if digest is not None:
-            digest.update(piece)
-        if not on_host:
-            octets[start:end] = place[: end - start]
-    return tensor
-
-
 def _first(reads: deque[tuple[str, TensorSpec, Future[Tensor]]]) -> tuple[str, TensorSpec, Tensor]:
     name, spec, tensor = reads.popleft()
     return name, spec, tensor.result()
+
+
+def _check_scale(container: Container, name: str, scale: Tensor) -> None:
+    try:
+        check_scale(scale)
+    except CheckpointError as error:
+        raise CheckpointError(f"{container.path}: {name}: {error}") from None
 
 
 def _compare(expected: dict[str, TensorSpec], container: Container, path: Path) -> None:

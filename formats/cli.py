@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections import Counter
 from pathlib import Path
 
 import click
@@ -10,7 +9,6 @@ import click
 from formats import __version__
 from formats.checkpoint import Checkpoint
 from formats.command import echo, printable, run
-from formats.layout import ROW_WISE
 from formats.manifest import Manifest
 from formats.records import to_json
 
@@ -24,8 +22,7 @@ from formats.records import to_json
 def command(folder: Path, verify: bool, errors: bool, as_json: bool) -> None:
     """Describe the int4 checkpoint in FOLDER; exit code 3 says that it is damaged."""
     checkpoint = Checkpoint(folder)
-    if verify:
-        checkpoint.verify()
+    files = checkpoint.verify() if verify else None
     manifest = checkpoint.manifest
     if as_json:
         fields = {**to_json(manifest), **dataclasses.asdict(manifest.sizes), "verified": verify}
@@ -34,16 +31,14 @@ def command(folder: Path, verify: bool, errors: bool, as_json: bool) -> None:
     for line in _description(manifest) + (_errors(manifest) if errors else []):
         echo(printable(line))
     if verify:
-        echo(f"verified: {len(manifest.files)} files, {len(manifest.tensors)} tensors, every byte as it was written")
+        echo(f"verified: {files} files, {len(manifest.tensors)} tensors, every byte as it was written")
 
 
 def _description(manifest: Manifest) -> list[str]:
     recipe, source, total = manifest.recipe, manifest.source, manifest.sizes
-    group = "one group a row" if recipe.group_size == ROW_WISE else f"groups of {recipe.group_size}"
-    kind = "symmetric" if recipe.symmetric else "asymmetric"
     lines = [
         f"source     {source.id}" + (f" at {source.revision}" if source.revision else ""),
-        f"recipe     {recipe.method}, {kind}, {group}, by {recipe.converter}",
+        f"recipe     {recipe.summary}, by {recipe.converter}",
         f"quantised  {total.quantized} tensors, {total.bits_per_weight:.4f} bits a weight",
         f"kept       {total.kept} tensors",
         f"size       {total.source_bytes / 1e6:,.1f} MB -> {total.stored_bytes / 1e6:,.1f} MB",
@@ -52,21 +47,16 @@ def _description(manifest: Manifest) -> list[str]:
         lines.insert(2, f"calibrated {seen.windows} windows of {seen.seq_len} tokens, text {seen.sha256[:12]}")
     lines += [f"included   {pattern}" for pattern in recipe.include]
     lines += [f"excluded   {pattern}" for pattern in recipe.exclude]
-    kept = [row for row in manifest.tensors if not row.quantized]
-    for reason, count in Counter(row.reason for row in kept).most_common():
-        names = [row.name for row in kept if row.reason == reason]
-        lines.append(f"  {count:4} {reason}: {', '.join(names[:3])}{', …' if count > 3 else ''}")
+    for reason, names in manifest.kept.items():
+        lines.append(f"  {len(names):4} {reason}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}")
     return lines
 
 
 def _errors(manifest: Manifest) -> list[str]:
-    """By the error of the outputs where calibration measured it, because the weights' own says little then."""
-    rows = [(row.error, row.name) for row in manifest.tensors if row.error]
-    rows.sort(key=lambda row: (row[0].output or 0.0, row[0].relative_mse), reverse=True)
     lines = [
         f"{'' if error.output is None else f'{error.output:.4e}':>12}"
         f"{error.relative_mse:12.4e}{error.cosine:10.6f}{error.clipped:10.4%}  {name}"
-        for error, name in rows
+        for name, error in manifest.worst_first
     ]
     return ["", f"{'outputs':>11} {'relative MSE':>12}{'cosine':>10}{'clipped':>10}  tensor", *lines]
 

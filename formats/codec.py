@@ -24,9 +24,9 @@ MIN_SCALE = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
 class Quantized:
     """A matrix in the format's own tensors, named as their suffixes on disk."""
 
-    packed: Tensor  # int32 [N, ceil(K/8)]
-    scale: Tensor  # bf16 or fp16 [N, G]
-    zero_point: Tensor | None  # int32 [ceil(N/8), G], only in the asymmetric scheme
+    packed: Tensor  #: int32 [N, ceil(K/8)]
+    scale: Tensor  #: bf16 or fp16 [N, G]
+    zero_point: Tensor | None  #: int32 [ceil(N/8), G], only in the asymmetric scheme
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the order of `Scheme.stored`."""

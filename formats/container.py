@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,7 +67,7 @@ class Container:
             with reading(path):
                 self._opened = os.fstat(self._fd)
             self.size = self._opened.st_size
-            self.header = parse_header(partial(self._read, 0), self.size, str(path))
+            self.header = parse_header(self._beginning, self.size, str(path))
         except BaseException:
             self.close()
             raise
@@ -96,11 +95,6 @@ class Container:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def read(self, name: str) -> bytearray:
-        """The bytes of the tensor `name`, in a buffer of their own."""
-        entry = self.tensors[name]
-        return self._read(entry.start, entry.end)
 
     def read_into(self, view: memoryview, start: int) -> None:
         """Fill `view` with the bytes of the file from `start` on."""
@@ -149,9 +143,9 @@ class Container:
         self.read_into(view, start)
         return view
 
-    def _read(self, start: int, end: int) -> bytearray:
-        data = bytearray(end - start)
-        self.read_into(memoryview(data), start)
+    def _beginning(self, size: int) -> bytearray:
+        data = bytearray(size)
+        self.read_into(memoryview(data), 0)
         return data
 
     def refuse_changed(self) -> None:
@@ -244,7 +238,10 @@ def file_order(specs: Mapping[str, TensorSpec]) -> list[str]:
 
 
 def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The header, length field included, of a file that holds `specs` in `file_order`."""
+    """The header, length field included, of a file that holds `specs` in `file_order`.
+
+    Raises `CheckpointError` where it is larger than any reader takes.
+    """
     fields: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     for name in file_order(specs):
@@ -254,6 +251,11 @@ def build_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
         position = end
     text = json.dumps(fields, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{len(specs)} tensors need a header of {len(text)} bytes, {MAX_HEADER_BYTES} are the most that a file may "
+            "have; save the model in more and smaller files"
+        )
     return len(text).to_bytes(8, "little") + text
 
 

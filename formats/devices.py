@@ -1,16 +1,19 @@
-"""Which device computes, and whether Triton can."""
+"""Which device computes, whether Triton can, and what becomes of a GPU that is full."""
 
 import ctypes
 import resource
 import sys
-from collections.abc import Sequence
-from importlib.util import find_spec
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 
-from formats.errors import UsageError
+from formats.errors import Int4Warning, TemporaryError, UsageError
 
-HAS_TRITON = find_spec("triton") is not None  # not on every platform; elsewhere torch does the work
+LEAST_CAPABILITY = 70  # 10 times that of an NVIDIA GPU; for older ones ptxas refuses what Triton makes of our kernels
 
 # Weights that a device works on at a time: what the cache of a CPU holds, what fills a GPU.
 BLOCK_WEIGHTS = {"cpu": 1 << 19, "cuda": 1 << 23}
@@ -50,6 +53,45 @@ def parse_devices(names: str | None) -> list[torch.device]:
     if len(set(found)) < len(found):
         raise UsageError(f"devices {names!r}: names one twice")
     return found
+
+
+@cache
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton makes kernels for `device`; elsewhere torch does the work, which for a GPU a warning says once."""
+    if device.type != "cuda":
+        return False
+    try:
+        with torch.cuda.device(device):
+            target = triton_target()
+    except Exception as error:  # not installed, or broken, or without a C compiler: whatever comes of it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    else:
+        if target.backend != "cuda" or target.arch >= LEAST_CAPABILITY:
+            return True
+        reason = f"it needs compute capability {LEAST_CAPABILITY / 10}, this GPU has {target.arch / 10}"
+    warnings.warn(
+        f"{device}: Triton does not work here ({reason}); torch does its work, many times slower",
+        Int4Warning,
+        stacklevel=2,
+    )
+    return False
+
+
+def triton_target() -> Any:
+    """What Triton compiles for on the current GPU; finding out takes all of its parts but the compiler itself."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_target()
+
+
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """Inside, a GPU without enough memory is a `TemporaryError` about `what`, with the sizes that torch gives."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        sizes = ". ".join(str(error).split(". ")[:3])
+        raise TemporaryError(f"{what}: {sizes}; free some memory of the GPU, or use another device") from None
 
 
 def keep_freed_memory() -> bool:

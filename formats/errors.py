@@ -1,4 +1,4 @@
-"""The errors that leave this project, one class per exit code of its commands."""
+"""The errors that leave this project, one class per exit code of its commands, and its warnings."""
 
 from collections.abc import Sequence
 
@@ -44,6 +44,10 @@ class OutputError(Int4Error):
 
 
 class TemporaryError(Int4Error):
-    """The same command may succeed later: network trouble, a busy Hub, a folder that another run holds."""
+    """The same command may succeed later: network trouble, a busy Hub, a folder that another run holds, a full GPU."""
 
     exit_code = 75
+
+
+class Int4Warning(UserWarning):
+    """Something that the user should know and that stops nothing."""

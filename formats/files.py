@@ -17,6 +17,8 @@ from formats.errors import CheckpointError, OutputError, TemporaryError
 PARTIAL_SUFFIX = ".partial"
 PARTIAL = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}$")  # what `publish` puts behind a name
 READ_BLOCK = 1 << 20
+MAX_NAME_BYTES, MAX_PATH = 255, 1024  # what file systems take of a name, and leave room for of a path below a folder
+MAX_SMALL = 256 << 20  # bytes of a file that is read whole; the manifest of 100,000 experts takes a quarter of it
 SHARED_BLOBS = "blobs"  # beside the repositories of a Hub cache, for files that came through Xet
 LOCK_CONTENT = re.compile(rb"\d{0,20}\n?")
 
@@ -26,6 +28,8 @@ def safe_name(name: str, where: str) -> str:
     if not name.isprintable():
         raise CheckpointError(f"{where}: file name {name[:200]!r} is not printable UTF-8; rename the file")
     parts = name.split("/")
+    if len(name) > MAX_PATH or any(len(part.encode()) > MAX_NAME_BYTES for part in parts):
+        raise CheckpointError(f"{where}: file name {name[:200]!r}… is too long; shorten it")
     plain = (
         all(part not in ("", ".", "..") for part in parts)
         and not (name.startswith("~") and len(parts) > 1)  # a shell would take it for somebody's home
@@ -75,12 +79,12 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def read_small(path: Path, roots: Sequence[Path] = (), limit: int = 64 << 20) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes."""
+def read_small(path: Path, roots: Sequence[Path] = ()) -> bytes:
+    """The bytes of a regular file of at most `MAX_SMALL` bytes."""
     with open(open_regular(path, roots), "rb") as file, reading(path):
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
-        raise CheckpointError(f"{path}: is over {limit} bytes, more than any file of its kind needs")
+        raw = file.read(MAX_SMALL + 1)
+    if len(raw) > MAX_SMALL:
+        raise CheckpointError(f"{path}: is over {MAX_SMALL} bytes, more than any file of its kind needs")
     return raw
 
 

@@ -1,10 +1,11 @@
-"""Folders from the Hugging Face Hub, by huggingface_hub, with its errors in this project's terms."""
+"""What comes from the Hugging Face Hub, by huggingface_hub, with its errors in this project's terms."""
 
 import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import PARTIAL_CONTENT
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm.asyncio import tqdm_asyncio
 
 from formats.errors import HubError, Int4Error, OutputError, TemporaryError, UsageError
 
-BUSY = (408, 425, 429)
+BUSY = (408, 409, 412, 425, 429)  # 409 and 412: somebody else changes the repository
 CACHE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 TRANSPORTS = ("httpx", "httpcore", "h11", "requests", "urllib3", "hf_xet")  # beginnings of module names
 
@@ -33,7 +34,7 @@ def download(
     """
     from huggingface_hub import snapshot_download  # here, because importing it takes a second that --help need not pay
 
-    with _translated(repo_id, revision, repo_type):
+    with hub_errors(repo_id, revision, repo_type):
         folder = snapshot_download(
             repo_id,
             revision=revision,
@@ -47,9 +48,10 @@ def download(
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: its size in bytes, and its SHA-256 if the Hub knows that."""
+    """A file of a repository: its size in bytes, git's id of it, and its SHA-256 if the Hub knows that."""
 
     size: int
+    blob_id: str
     sha256: str | None
 
 
@@ -57,30 +59,35 @@ def list_files(repo_id: str, revision: str) -> dict[str, RemoteFile]:
     """Every file of a model's repository; raises as `download` does."""
     from huggingface_hub import HfApi, RepoFile
 
-    with _translated(repo_id, revision, "model"):
+    with hub_errors(repo_id, revision):
         found = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision)
         files = [entry for entry in found if isinstance(entry, RepoFile)]
-        return {file.path: RemoteFile(file.size, file.lfs.sha256 if file.lfs else None) for file in files}
+        return {f.path: RemoteFile(f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in files}
 
 
-def read_beginning(repo_id: str, revision: str, name: str, size: int) -> bytes:
-    """The first `size` bytes of a file of a model's repository, by a range request; raises as `download` does."""
+def read_part(repo_id: str, revision: str, name: str, start: int, end: int) -> bytes:
+    """The bytes from `start` to `end` of a file of a model's repository, by a range request; raises as `download` does.
+
+    They are fewer where the file ends before.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils._headers import build_hf_headers
     from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff
 
-    headers = {**build_hf_headers(), "Range": f"bytes=0-{size - 1}", "Accept-Encoding": "identity"}
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     data = bytearray()
     with (
-        _translated(repo_id, revision, "model"),
+        hub_errors(repo_id, revision),
         http_stream_backoff("GET", hf_hub_url(repo_id, name, revision=revision), headers=headers) as response,
     ):
         hf_raise_for_status(response)
+        position = start if response.status_code == PARTIAL_CONTENT else 0  # a server may send the whole file instead
         for block in response.iter_bytes():
-            data += block
-            if len(data) >= size:  # a server may send the whole file instead
+            data += block[max(0, start - position) :]
+            position += len(block)
+            if position >= end:
                 break
-    return bytes(data[:size])
+    return bytes(data[: end - start])
 
 
 def cached(repo_id: str, revision: str, name: str) -> Path | None:
@@ -95,7 +102,7 @@ def fetch(repo_id: str, revision: str, name: str, folder: Path | None = None, *,
     """Fetch one file of a model's repository into the Hub cache, or into `folder`; raises as `download` does."""
     from huggingface_hub import hf_hub_download
 
-    with _translated(repo_id, revision, "model"):
+    with hub_errors(repo_id, revision):
         bar = _NoBar if quiet or not sys.stderr.isatty() else None
         return Path(hf_hub_download(repo_id, name, revision=revision, local_dir=folder, tqdm_class=bar))
 
@@ -106,14 +113,34 @@ class _NoBar(tqdm_asyncio):  # type: ignore[type-arg]
 
 
 @contextmanager
-def _translated(repo_id: str, revision: str | None, repo_type: str) -> Iterator[None]:
+def library_bars(shown: bool) -> Iterator[None]:
+    """Show or hide the progress bars of huggingface_hub where it takes no class of bars; never in a pipe."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled() or (shown and sys.stderr.isatty()):
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+@contextmanager
+def hub_errors(
+    repo_id: str, revision: str | None = None, repo_type: str = "model", *, uploading: bool = False
+) -> Iterator[None]:
+    """Inside, what huggingface_hub raises becomes `HubError`, `TemporaryError`, `UsageError` or `OutputError`."""
     from huggingface_hub import errors
 
     where = repo_id if revision is None else f"{repo_id} at {revision!r}"
+    task = "upload" if uploading else "download"
     try:
         yield
     except errors.HFValidationError:
-        raise UsageError(f"{repo_id!r} is neither a folder here nor a Hub id such as 'owner/name'") from None
+        kind = "no" if uploading else "neither a folder here nor a"
+        raise UsageError(f"{repo_id!r} is {kind} Hub id such as 'owner/name'") from None
     except errors.GatedRepoError:
         page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo_id}"
         raise HubError(
@@ -123,22 +150,26 @@ def _translated(repo_id: str, revision: str | None, repo_type: str) -> Iterator[
     except errors.RevisionNotFoundError:
         raise HubError(f"{where}: no such revision; expected a branch, tag or commit of that repository") from None
     except errors.RepositoryNotFoundError:
+        right = "write" if uploading else "read"
+        advice = "as one who may" if uploading else "if it is private, or give the path of a local folder"
         raise HubError(
-            f"{where}: no such repository, or no right to read it; check the name, log in with `hf auth login` if it "
-            "is private, or give the path of a local folder"
+            f"{where}: no such repository, or no right to {right} it; check the name, log in with `hf auth login` "
+            f"{advice}"
         ) from None
     except errors.HfHubHTTPError as error:
-        raise _by_status(where, error.response.status_code) from None
+        raise _by_status(where, error.response.status_code, uploading) from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         if isinstance(error.__cause__, errors.HfHubHTTPError):  # the Hub answered, and the cache could not stand in
-            raise _by_status(where, error.__cause__.response.status_code) from None
+            raise _by_status(where, error.__cause__.response.status_code, uploading) from None
+        if uploading:
+            raise UsageError(f"{where}: nothing can be uploaded while HF_HUB_OFFLINE is set; unset it") from None
         raise TemporaryError(
             f"{where}: is not in the local cache and the Hub cannot be reached (offline mode, or no network); "
             "connect and run again"
         ) from None
     except ValueError as error:
         raise HubError(
-            f"{where}: cannot be downloaded ({type(error).__name__}); check HF_ENDPOINT, HF_TOKEN and the repository"
+            f"{where}: cannot be {task}ed ({type(error).__name__}); check HF_ENDPOINT, HF_TOKEN and the repository"
         ) from None
     except OSError as error:
         # Not its whole text here and below, which may hold the token.
@@ -147,11 +178,13 @@ def _translated(repo_id: str, revision: str | None, repo_type: str) -> Iterator[
             raise OutputError(
                 f"{where}: the Hub cache cannot be written ({reason}); see HF_HOME and its disk"
             ) from None
-        raise TemporaryError(f"{where}: the download failed ({reason}); run again") from None
+        raise TemporaryError(f"{where}: the {task} failed ({reason}); run again") from None
     except Exception as error:
         if not _is_transport(error):
             raise
-        raise TemporaryError(f"{where}: the download failed ({type(error).__name__}); run again") from None
+        if isinstance(error.__cause__, errors.HfHubHTTPError):  # of one file among several
+            raise _by_status(where, error.__cause__.response.status_code, uploading) from None
+        raise TemporaryError(f"{where}: the {task} failed ({type(error).__name__}); run again") from None
 
 
 def _is_transport(error: Exception) -> bool:
@@ -159,7 +192,8 @@ def _is_transport(error: Exception) -> bool:
     return type(error) is RuntimeError or type(error).__module__.startswith(TRANSPORTS)
 
 
-def _by_status(where: str, status: int) -> Int4Error:
+def _by_status(where: str, status: int, uploading: bool) -> Int4Error:
     refused = 400 <= status < 500 and status not in BUSY
-    kind, advice = (HubError, "check name and rights") if refused else (TemporaryError, "try again later")
+    rights = "the name, and that your token may write there" if uploading else "name and rights"
+    kind, advice = (HubError, f"check {rights}") if refused else (TemporaryError, "try again later")
     return kind(f"{where}: the Hub answered with status {status}; {advice}")

@@ -76,7 +76,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         size = self.group_size
-        if size != ROW_WISE and (size <= 0 or size % CODES_PER_WORD):
+        if size != ROW_WISE and (not 0 < size <= MAX_SIZE or size % CODES_PER_WORD):
             raise UsageError(
                 f"group size {size}: expected a positive multiple of {CODES_PER_WORD}, or {ROW_WISE} for whole rows"
             )

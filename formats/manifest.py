@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 from formats.container import SUFFIX
 from formats.errors import CheckpointError, UsageError
 from formats.files import link_roots, read_small, safe_name
-from formats.layout import Scheme, TensorSpec, stored_tensors
+from formats.layout import ROW_WISE, Scheme, TensorSpec, stored_tensors
 from formats.records import flag, from_json, to_json
 from formats.sizes import Sizes, sizes_of
 from formats.strict_json import canonical, parse_object
 
 MANIFEST_NAME = "manifest.json"
+CARD_NAME = "README.md"  # a page for people, who edit it: no reader checks it
+EVALUATION_NAME = "evaluation.json"  # what int4-eval found, if somebody asked it to; not listed
 INDEX_NAME = "model.safetensors.index.i4.json"
 SHARD_SUFFIX = ".i4" + SUFFIX
 FORMAT_VERSION = 1
@@ -68,6 +71,13 @@ class Recipe:
     def scheme(self) -> Scheme:
         """The scheme of the quantised tensors."""
         return Scheme(self.group_size, self.symmetric)
+
+    @property
+    def summary(self) -> str:
+        """Method, scheme and groups, in words."""
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        group = "one group a row" if self.group_size == ROW_WISE else f"groups of {self.group_size}"
+        return f"{self.method}, {kind}, {group}"
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,22 @@ class Manifest:
     def sizes(self) -> Sizes:
         """Counts and sizes of the tensors."""
         return sizes_of((row.spec, row.quantized, row.stored(self.recipe.scheme)) for row in self.tensors)
+
+    @property
+    def kept(self) -> dict[str, list[str]]:
+        """The tensors that were kept, by the reason, the commonest first."""
+        rows = [row for row in self.tensors if not row.quantized]
+        reasons = Counter(row.reason for row in rows).most_common()
+        return {reason: [row.name for row in rows if row.reason == reason] for reason, _ in reasons}
+
+    @property
+    def worst_first(self) -> list[tuple[str, ErrorRecord]]:
+        """The quantised tensors and their errors.
+
+        By the error of the outputs where calibration measured it, because the weights' own says little then.
+        """
+        rows = [(row.name, row.error) for row in self.tensors if row.error]
+        return sorted(rows, key=lambda row: (row[1].output or 0.0, row[1].relative_mse), reverse=True)
 
     @property
     def shards(self) -> dict[str, dict[str, TensorSpec]]:

@@ -15,39 +15,35 @@ from formats.errors import CheckpointError, UsageError
 BUILDING = threading.RLock()  # one model at a time: `parameters_on_meta` changes torch itself
 
 
-def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype) -> Any:
+def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype, otherwise: str) -> Any:
     """The transformers model of `folder`, in evaluation mode, its parameters on meta; no code of the folder is run.
 
-    Its type is `dtype`, or else that of its configuration, or else `stored`.
+    Its type is `dtype`, or else that of its configuration, or else `stored`. Raises `UsageError` without transformers
+    and `CheckpointError` where they cannot build it, with what to do `otherwise`.
     """
-    architecture, config = architecture_of(folder)
+    architecture, config = architecture_of(folder, otherwise)
     kind = dtype or getattr(config, "dtype", None) or stored
     try:
         with BUILDING:
             model = with_plain_attention(partial(_build, architecture, config, kind))
         read_generation_config(model, folder)
     except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
-        raise cannot_build(folder, error) from None
+        raise cannot_build(folder, error, otherwise) from None
     return model.eval()
 
 
-def architecture_of(folder: Path) -> tuple[Any, Any]:
+def architecture_of(folder: Path, otherwise: str) -> tuple[Any, Any]:
     """The class of transformers for the model in `folder`, and its configuration; no code of the folder is run.
 
-    Raises `UsageError` without transformers, `CheckpointError` for a configuration that it does not understand.
+    Raises `UsageError` without transformers, `CheckpointError` for a configuration that it does not understand, with
+    what to do `otherwise`.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError(
-            f"{folder}: its model is built through transformers, which cannot be imported ({first_line(error)}); "
-            "pip install 'int4-convert[hf]', or fill a module of your own with runtime.load_into"
-        ) from None
+    transformers = import_transformers(folder, otherwise)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return _architecture(config), config
     except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
-        raise cannot_build(folder, error) from None
+        raise cannot_build(folder, error, otherwise) from None
 
 
 def read_generation_config(model: Any, folder: Path) -> None:
@@ -58,9 +54,21 @@ def read_generation_config(model: Any, folder: Path) -> None:
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
-def cannot_build(folder: Path, error: Exception) -> CheckpointError:
+def cannot_build(folder: Path, error: Exception, otherwise: str) -> CheckpointError:
     """What to raise where transformers fails on the data of `folder`."""
-    return CheckpointError(f"{folder}: transformers cannot build the model ({first_line(error)})")
+    return CheckpointError(f"{folder}: transformers cannot build the model ({first_line(error)}); {otherwise}")
+
+
+def import_transformers(folder: Path, otherwise: str | None = None) -> Any:
+    """The package; raises `UsageError`, with what to do `otherwise` with `folder`, where it cannot be imported."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            f"{folder}: its model and tokenizer come through transformers, which cannot be imported "
+            f"({first_line(error)}); pip install 'int4-convert[hf]'" + (f", or {otherwise}" if otherwise else "")
+        ) from None
+    return transformers
 
 
 def with_plain_attention(make: Callable[..., Any]) -> Any:

@@ -1,11 +1,15 @@
 """Between stored bytes and torch tensors."""
 
 import ctypes
+import hashlib
 
 import torch
 from torch import Tensor
 
+from formats.container import Container
 from formats.layout import TensorSpec
+
+PIECE_BYTES = 16 << 20  # of a tensor, on its way to a GPU
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
@@ -33,6 +37,27 @@ def tensor_from(data: bytearray | memoryview, spec: TensorSpec) -> Tensor:
     if spec.numel == 0:
         return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
     return torch.frombuffer(data, dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
+
+
+def read_tensor(
+    container: Container, name: str, device: torch.device | None = None, digest: "hashlib._Hash | None" = None
+) -> Tensor:
+    """A tensor of `container` on `device`, or the CPU, piece by piece; `digest` is fed its bytes."""
+    entry = container.tensors[name]
+    tensor = torch.empty(entry.spec.shape, dtype=TORCH_DTYPES[entry.spec.dtype], device=device)
+    on_host = tensor.device.type == "cpu"
+    octets = tensor.flatten().view(torch.uint8)
+    place = octets if on_host else torch.empty(min(len(octets), PIECE_BYTES), dtype=torch.uint8, pin_memory=True)
+    view = view_of(place)
+    for start in range(0, len(octets), PIECE_BYTES):
+        end = min(start + PIECE_BYTES, len(octets))
+        piece = view[start:end] if on_host else view[: end - start]
+        container.read_into(piece, entry.start + start)
+        if digest is not None:
+            digest.update(piece)
+        if not on_host:
+            octets[start:end] = place[: end - start]
+    return tensor
 
 
 def bytes_of(tensor: Tensor) -> bytearray:

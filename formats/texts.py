@@ -11,7 +11,7 @@ from torch import Tensor
 
 from formats.errors import CheckpointError, UsageError
 from formats.hub import download
-from formats.skeleton import first_line
+from formats.skeleton import first_line, import_transformers
 
 WIKITEXT_REPO, WIKITEXT_ZIP = "ggml-org/ci", "wikitext-2-raw-v1.zip"
 WIKITEXT_TEST, WIKITEXT_TRAIN = "wikitext-2-raw/wiki.test.raw", "wikitext-2-raw/wiki.train.raw"
@@ -68,8 +68,7 @@ def calibration_text(name: str) -> str:
 
 def tokenize(folder: Path, text: str) -> Tensor:
     """The whole of `text` as tokens [T] of the tokenizer in `folder`, with no special ones added."""
-    import transformers
-
+    transformers = import_transformers(folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -1,9 +1,12 @@
 """Loads an int4 checkpoint into a torch module, runs it and measures it.
 
-import runtime
-model = runtime.load("folder-or-hub-id")
+In short::
 
-With it imported, transformers loads such checkpoints too: AutoModelForCausalLM.from_pretrained(folder, variant="i4").
+    import runtime
+
+    model = runtime.load("folder-or-hub-id")
+
+With it imported, transformers loads such checkpoints too: `AutoModelForCausalLM.from_pretrained(folder, variant="i4")`.
 """
 
 from runtime.fill import load_into

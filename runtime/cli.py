@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from formats import __version__
 from formats.command import echo, run
-from formats.devices import parse_device
+from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
 from formats.layout import ceil_div
@@ -41,7 +41,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @click.option("--no-join", is_flag=True, help="On a GPU, give layers that share their input a product each.")
 @click.option("--activations", type=click.Choice(["fp8"]), help="Round what enters a layer; many tokens are faster.")
 @click.option("--device", help="Where to run.  [default: cuda if there is a GPU, else cpu]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file too.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures to this file too; "
+              "a model card shows those in evaluation.json.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path, file_okay=False), help="Draw a page into this folder.")
 @click.version_option(__version__)
 def command(
@@ -78,15 +79,17 @@ def command(
     place = parse_device(device)
     kind = None if dtype is None else DTYPES[dtype]
     folder = resolve(checkpoint)
+    manifest = read_manifest(folder)
     model = load(folder, device=place, dtype=kind, join=False if no_join else None, activations=activations)
     original = None if reference is None else _load_reference(reference, place, kind)
     corpus = read_text(text) if text is not None else DATASETS[str(dataset)]()
     tokens = tokenize(folder, corpus)
     windows = windows_of(tokens, seq_len, max_windows)
     _check_limits(model, windows, folder)
-    with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar:
+    with tqdm(total=len(windows), unit="window", desc="evaluating", disable=None) as bar, room_for(checkpoint):
         result = evaluate(model, windows, reference=original, batch_size=batch_size, progress=bar.update)
     protocol = {
+        "checkpoint": manifest.digest,
         "text": str(text) if text is not None else dataset,
         "seq_len": seq_len,
         "windows": len(windows),
@@ -99,7 +102,7 @@ def command(
         publish_bytes(json_file, (json.dumps(as_json(result, protocol), indent=2) + "\n").encode())
     if report is not None:
         lengths = tokens[: seq_len * batch_size]  # no longer windows than those of the evaluation
-        write_report(report, checkpoint, summary, result, read_manifest(folder),
+        write_report(report, checkpoint, summary, result, manifest,
                      list(timings(model, original, lengths, batch_size)))  # fmt: skip
 
 
@@ -129,7 +132,8 @@ def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | N
         model = with_plain_attention(load_model)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{reference}: transformers cannot load it ({first_line(error)})") from None
-    placed: nn.Module = model.to(device).eval()
+    with room_for(reference):
+        placed: nn.Module = model.to(device).eval()
     return placed
 
 

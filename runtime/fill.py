@@ -1,6 +1,6 @@
 """The plain road from a checkpoint to a module of one's own: swap in int4 layers, stream the tensors in."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.checkpoint import Checkpoint
-from formats.devices import parse_device
+from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, some
 from formats.layout import scale_dtype_for
 from formats.manifest import TensorRecord
@@ -46,21 +46,22 @@ def load_into(
                 tied[name] = {name}
     used = {name for row in rows for name in row.stored(scheme)}
     _compare(used, tied, where)
-    _refuse_meta_tables(module, tied, where)
+    _refuse_left_on_meta(module, held, where)
     _check_kept(held, rows, used, tied, where)
     for row in rows:
         if row.quantized:
             swap(module, row.name, row.matrix.shape, scheme, transposed=row.transposed, dtype=TORCH_DTYPES[row.dtype],
                  scale_dtype=scale_dtype_for(row.dtype), activations=activations)  # fmt: skip
-    for name, _, tensor in checkpoint.stream(verify, place):
-        # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
-        _assign(module, tied[name] - (used - {name}), tensor, place, dtype)
-    module.to(place)
-    for layer in module.modules():
-        if isinstance(layer, Int4Linear):
-            layer.arrange()
-    if join is not False:
-        join_siblings(module, gpu_only=join is None)
+    with room_for(f"{where}, {checkpoint.manifest.sizes.stored_bytes / 1e6:,.0f} MB"):
+        for name, _, tensor in checkpoint.stream(verify, place):
+            # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
+            _assign(module, tied[name] - (used - {name}), tensor, place, dtype)
+        module.to(place)
+        for layer in module.modules():
+            if isinstance(layer, Int4Linear):
+                layer.arrange()
+        if join is not False:
+            join_siblings(module, gpu_only=join is None)
     return module
 
 
@@ -113,10 +114,11 @@ def _compare(used: set[str], tied: dict[str, set[str]], where: Path) -> None:
         )
 
 
-def _refuse_meta_tables(module: nn.Module, stored: Iterable[str], where: Path) -> None:
-    left = sorted({name for name, buffer in module.named_buffers() if buffer.is_meta} - set(stored))
-    if left:
-        raise CheckpointError(f"{where}: leaves {some(left)} on the meta device; build these buffers before loading")
+def _refuse_left_on_meta(module: nn.Module, held: Mapping[str, Tensor], where: Path) -> None:
+    """What has no memory must be in the state dict `held`, which a checkpoint fills; buffers need not be."""
+    tensors = [*module.named_buffers(), *module.named_parameters()]
+    if left := sorted({name for name, tensor in tensors if tensor.is_meta} - held.keys()):
+        raise CheckpointError(f"{where}: leaves {some(left)} on the meta device; build them before loading")
 
 
 def _assign(

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from formats.checkpoint import Checkpoint, StoredTensor
-from formats.devices import parse_device
+from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, Int4Error, some
 from formats.hub import download
 from formats.manifest import Manifest
 from formats.skeleton import BUILDING, architecture_of, cannot_build, read_generation_config, with_plain_attention
 from formats.tensors import TORCH_DTYPES
 from runtime.siblings import join as join_siblings
+
+OTHERWISE = "fill a module of your own with runtime.load_into"
 
 
 def load(
@@ -37,15 +39,17 @@ def load(
     `activations="fp8"` is faster with many tokens and changes the numbers (`Int4Linear`).
 
     Raises `CheckpointError` for a checkpoint that is damaged or does not fit its model exactly, `UsageError` without
-    transformers, `HubError` and `TemporaryError` from the Hub.
+    transformers, `HubError` and `TemporaryError` from the Hub, `TemporaryError` also where the memory of the GPU does
+    not suffice.
     """
     folder, place = resolve(folder_or_hub_id, revision), parse_device(device)
     checkpoint = Checkpoint(folder)
-    architecture, config = architecture_of(folder)
+    architecture, config = architecture_of(folder, OTHERWISE)
     # transformers places tensors elsewhere than on the CPU by means of accelerate alone
     by_map = place.type != "cpu" and find_spec("accelerate") is not None
-    errors: list[Int4Error] = []
-    with checkpoint.opened(verify, place if by_map else None) as stored:
+    errors: list[Exception] = []
+    room = room_for(f"{folder}, {checkpoint.manifest.sizes.stored_bytes / 1e6:,.0f} MB")
+    with room, checkpoint.opened(verify, place if by_map else None) as stored:
         config.quantization_config = {
             **config.quantization_config,
             "stored": {name: tensor.spec for name, tensor in stored.items()},
@@ -65,14 +69,14 @@ def load(
             with BUILDING:
                 model, info = with_plain_attention(read)
             read_generation_config(model, folder)
-        except Int4Error:
+        except (Int4Error, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
-            raise next(iter(errors), cannot_build(folder, error)) from None
-    _refuse_misfit(folder, info)
-    placed: nn.Module = model if by_map else model.to(place)
-    if join is not False:
-        join_siblings(placed, gpu_only=join is None)
+            raise next(iter(errors), cannot_build(folder, error, OTHERWISE)) from None
+        _refuse_misfit(folder, info)
+        placed: nn.Module = model if by_map else model.to(place)
+        if join is not False:
+            join_siblings(placed, gpu_only=join is None)
     return placed
 
 
@@ -90,7 +94,7 @@ class _Slice:
     transformers would hide an error behind one of its own.
     """
 
-    def __init__(self, stored: StoredTensor, errors: list[Int4Error]) -> None:
+    def __init__(self, stored: StoredTensor, errors: list[Exception]) -> None:
         self._stored = stored
         self._errors = errors
 
@@ -105,7 +109,7 @@ class _Slice:
     def __getitem__(self, index: Any) -> Tensor:
         try:
             return self._stored.read()[index]
-        except Int4Error as error:
+        except (Int4Error, torch.OutOfMemoryError) as error:
             self._errors.append(error)
             raise
 

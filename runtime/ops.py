@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.codec import Quantized, dequantize
-from formats.devices import HAS_TRITON
+from formats.devices import has_triton
 from formats.layout import Scheme
 from runtime.activations import rounded_to_fp8
 
@@ -104,7 +104,7 @@ def grouped_linear(
     `ends` [E] says behind which row of x each expert's end; rows behind the last give 0. The weights are the format's.
     """
     x, stack, scheme = x.contiguous(), Quantized(packed, scale, zero_point), Scheme(group_size, zero_point is None)
-    if HAS_TRITON and x.is_cuda and x.dtype in KERNEL_DTYPES and len(x):
+    if x.dtype in KERNEL_DTYPES and len(x) and has_triton(x.device):
         from runtime.kernels.grouped import grouped
 
         return grouped(x, ends, stack, scheme)
@@ -150,9 +150,9 @@ torch.library.register_autograd("int4::grouped_linear", _grouped_backward, setup
 
 def on_hopper(device: torch.device) -> bool:
     """Whether `device` is a GPU with the kernels of `kernels.hopper`, and this Triton has Gluon to build them."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if not has_triton(device) or torch.cuda.get_device_capability(device) != (9, 0):
         return False
-    return HAS_TRITON and find_spec("triton.experimental.gluon") is not None
+    return find_spec("triton.experimental.gluon") is not None
 
 
 def _product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size: int, fp8: bool) -> Tensor:
@@ -166,7 +166,7 @@ def _product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size: int,
         return hopper_product(x, matrix, bias, group_size, fp8=fp8)
     quantized = in_format(matrix, x.shape[1])
     scheme = Scheme(group_size, symmetric=quantized.zero_point is None)
-    if not (HAS_TRITON and x.is_cuda and x.dtype in KERNEL_DTYPES and len(x)):
+    if not (x.dtype in KERNEL_DTYPES and len(x) and has_triton(x.device)):
         return dequantized_product(x, quantized, bias, scheme)
     from runtime.kernels.matmul import matmul
     from runtime.kernels.splitk import splitk

@@ -62,8 +62,13 @@ def write_checkpoint(
     return folder
 
 
+def add_to_config(folder: Path, **fields: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
 def write_index(folder: Path, weight_map: dict[str, str]) -> None:
-    text = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(text)
 
 

@@ -1,6 +1,5 @@
-"""A stand-in for the Hugging Face Hub: one repository on 127.0.0.1, and the failures that a test asks for."""
+"""A stand-in for the Hugging Face Hub: repositories on 127.0.0.1, and the failures that a test asks for."""
 
-import hashlib
 import itertools
 import json
 import threading
@@ -11,8 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from local_repository import LFS_SUFFIXES, NEW, RefusedError, Repository, git_id, sha256
+
+REPO = "owner/name"
+TOKEN = "hf_aSecretThatNobodyMaySee"
 DROP = 0  # as a status: the connection is closed without an answer
-LFS_SUFFIXES = (".safetensors", ".bin")
+USER = "me"  # whose token it is
+UPLOADS = "/uploads"
 
 
 class Request(NamedTuple):
@@ -22,6 +26,8 @@ class Request(NamedTuple):
     path: str
     authorization: str | None
     range: str | None = None
+    query: str = ""
+    body: bytes = b""
 
 
 class Answer(NamedTuple):
@@ -33,11 +39,11 @@ class Answer(NamedTuple):
 
 
 class LocalHub:
-    """Answers for the repository `repo` at `url` while its context is open.
+    """Answers for the repository `repo`, and others that it is asked to make, at `url` while its context is open.
 
     `requests` lists what was asked; `on_request` is called with each request before its answer is found. Of files in
     `damaged` a byte is another than it should be; those in `cut` end in the middle, once; without `ranges` every answer
-    is the whole file.
+    is the whole file. What is wrong with every card is `invalid_card`.
     """
 
     def __init__(self, repo: str) -> None:
@@ -47,8 +53,8 @@ class LocalHub:
         self.damaged: set[str] = set()
         self.cut: set[str] = set()
         self.ranges = True
-        self._commits: dict[str, dict[str, bytes]] = {}
-        self._branches: dict[str, str] = {}
+        self.invalid_card: str | None = None
+        self.repositories = {repo: Repository()}
         self._failures: list[tuple[str, Answer, Iterator[int]]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -63,10 +69,7 @@ class LocalHub:
 
     def push(self, files: Mapping[str, bytes], branch: str = "main") -> str:
         """Make `files` the head of `branch` and return its commit."""
-        commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
-        self._commits[commit] = dict(files)
-        self._branches[branch] = commit
-        return commit
+        return self.repositories[self.repo].push(files, branch)
 
     def fail(
         self,
@@ -95,12 +98,54 @@ class LocalHub:
         for pattern, failure, times in self._failures:
             if fnmatchcase(request.path, pattern) and next(times, None) is not None:
                 return failure
-        for prefix in (f"/{self.repo}/", f"/api/models/{self.repo}/"):
-            if f"{request.path}/".startswith(prefix):
-                kind, _, rest = request.path.removeprefix(prefix.rstrip("/")).lstrip("/").partition("/")
-                revision, _, name = rest.partition("/")
-                return self._ranged(request, self._answer(kind, revision or "main", name), name)
+        try:
+            return self._reading(request) if request.method in ("GET", "HEAD") else self._writing(request)
+        except RefusedError as refused:
+            return Answer(refused.status, {}, b"{}")
+
+    def _reading(self, request: Request) -> Answer:
+        for repo in self.repositories:
+            for prefix in (f"/{repo}/", f"/api/models/{repo}/"):
+                if f"{request.path}/".startswith(prefix):
+                    kind, _, rest = request.path.removeprefix(prefix.rstrip("/")).lstrip("/").partition("/")
+                    revision, _, name = rest.partition("/")
+                    return self._ranged(request, self._answer(repo, kind, revision or "main", name), name)
         return Answer(404, {"X-Error-Code": "RepoNotFound"})
+
+    def _writing(self, request: Request) -> Answer:
+        folder, _, last = request.path.rpartition("/")
+        if folder == UPLOADS:
+            for repository in self.repositories.values():
+                repository.put(last, request.body)
+            return _json({})
+        if request.path == "/api/validate-yaml":
+            errors = [{"message": self.invalid_card}] if self.invalid_card else []
+            return _json({"errors": errors, "warnings": []})._replace(status=400 if errors else 200)
+        if request.path == "/api/repos/create":
+            return self._create(json.loads(request.body))
+        for repo, repository in self.repositories.items():
+            if request.path == f"/{repo}.git/info/lfs/objects/batch":
+                return _json(repository.batch(json.loads(request.body)["objects"], self.url + UPLOADS))
+            if folder == f"/api/models/{repo}/preupload":
+                return _json(repository.preupload(json.loads(request.body)["files"]))
+            if folder == f"/api/models/{repo}/commit":
+                return self._commit(repo, request)
+        return Answer(404, {"X-Error-Code": "RepoNotFound"})
+
+    def _create(self, asked: Mapping[str, Any]) -> Answer:
+        repo = f"{asked['organization'] or USER}/{asked['name']}"
+        url = {"url": f"{self.url}/{repo}"}
+        if repo in self.repositories:
+            return _json(url)._replace(status=409)
+        self.repositories[repo] = Repository(asked.get("visibility") == "private" or asked.get("private", False))
+        self.repositories[repo].push(NEW)
+        return _json(url)
+
+    def _commit(self, repo: str, request: Request) -> Answer:
+        proposed = "create_pr=1" in request.query
+        commit = self.repositories[repo].commit(request.body, "refs/pr/1" if proposed else "main")
+        urls = {"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit}
+        return _json(urls | {"pullRequestUrl": f"{self.url}/{repo}/discussions/1" if proposed else None})
 
     def _ranged(self, request: Request, answer: Answer, name: str) -> Answer:
         body = answer.body
@@ -113,15 +158,17 @@ class LocalHub:
         headers = {**answer.headers, "Content-Range": f"bytes {start}-{end}/{len(body)}"}
         return Answer(206, headers, body[start : end + 1])
 
-    def _answer(self, kind: str, revision: str, name: str) -> Answer:
-        commit = self._branches.get(revision, revision)
-        if commit not in self._commits:
+    def _answer(self, repo: str, kind: str, revision: str, name: str) -> Answer:
+        repository = self.repositories[repo]
+        commit = repository.branches.get(revision, revision)
+        if commit not in repository.commits:
             return Answer(404, {"X-Error-Code": "RevisionNotFound"})
-        files = self._commits[commit]
+        files = repository.commits[commit]
         if kind == "tree":
             return _json([_tree_entry(*file) for file in sorted(files.items())])
         if kind != "resolve":
-            return _json({"id": self.repo, "sha": commit, "siblings": [{"rfilename": name} for name in sorted(files)]})
+            siblings = [{"rfilename": name} for name in sorted(files)]
+            return _json({"id": repo, "sha": commit, "private": repository.private, "siblings": siblings})
         if name not in files:
             return Answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         return _file(name, files[name], commit)
@@ -131,20 +178,16 @@ def _json(value: object) -> Answer:
     return Answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
 
-def _git_id(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0%s" % (len(data), data)).hexdigest()
-
-
 def _tree_entry(name: str, data: bytes) -> dict[str, Any]:
-    entry = {"type": "file", "path": name, "size": len(data), "oid": _git_id(data)}
-    lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+    entry = {"type": "file", "path": name, "size": len(data), "oid": git_id(data)}
+    lfs = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
     return {**entry, "lfs": lfs} if name.endswith(LFS_SUFFIXES) else entry
 
 
 def _file(name: str, data: bytes, commit: str) -> Answer:
-    headers = {"ETag": f'"{_git_id(data)}"', "X-Repo-Commit": commit}
+    headers = {"ETag": f'"{git_id(data)}"', "X-Repo-Commit": commit}
     if name.endswith(LFS_SUFFIXES):
-        headers |= {"X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
+        headers |= {"X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data))}
     return Answer(200, headers, data)
 
 
@@ -157,8 +200,11 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        request = Request(self.command, path, self.headers["Authorization"], self.headers["Range"])
+        address = urlsplit(self.path)
+        path = unquote(address.path)
+        body = b"".join(self._body())
+        headers = self.headers["Authorization"], self.headers["Range"]
+        request = Request(self.command, path, *headers, address.query, body)
         answer = self.hub.answer(request)
         if answer.status == DROP:
             self.close_connection = True
@@ -176,7 +222,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(answer.body)
 
-    do_GET = do_HEAD = _answer  # noqa: N815
+    def _body(self) -> Iterator[bytes]:
+        """What the client sends, of a length that it says, or in chunks."""
+        if self.headers["Transfer-Encoding"] != "chunked":
+            yield self.rfile.read(int(self.headers["Content-Length"] or 0))
+            return
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    do_GET = do_HEAD = do_POST = do_PUT = _answer  # noqa: N815
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import convert_folder, stored
+from checkpoints import add_to_config, convert_folder, stored
 from safetensors.torch import load_file, save_file
-from test_fp8 import COLUMNS, ROWS, add_config, in_fp8
+from test_fp8 import FP8, in_fp8
 from torch import Tensor
 
 import runtime
@@ -122,7 +122,7 @@ def test_a_source_in_fp8_has_the_logits_of_what_it_means(tmp_path: Path) -> None
 
     model.save_pretrained(folder)
     edit(folder, encode)
-    add_config(folder, {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS]})
+    add_to_config(folder, quantization_config=FP8)
     manifest = convert_folder(folder, tmp_path / "out", SCHEME)
     assert manifest.sizes.quantized == 14
     expected = logits(dequantized(model, manifest)).float()

@@ -1,8 +1,13 @@
 """Calibration of the example model, three layers of 256 and 384 columns, with few tokens."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -10,13 +15,13 @@ from checkpoints import EXAMPLE, contents, stored, write_checkpoint
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from converter.calibrate import Calibration, LayerReport, decoder_layers, input_of, shared_inputs
+from converter.calibrate import Calibration, LayerReport, Recorder, decoder_layers, input_of, shared_inputs
 from converter.cli import command
 from converter.convert import convert, make_recipe
 from converter.plan import Plan, make_plan
 from converter.prepared import FOLDER_NAME, PreparedLayers
 from converter.source import Source, open_source
-from formats.errors import CheckpointError
+from formats.errors import CheckpointError, TemporaryError
 from formats.files import PARTIAL_SUFFIX
 from formats.layout import PACKED, Scheme
 from formats.manifest import CalibrationRecord, Manifest, read_manifest
@@ -141,6 +146,52 @@ def test_a_gpu_calibrates_as_well(calibrated: Path, opened: Source, windows: Ten
         assert error == pytest.approx(expected[name], rel=0.1)
 
 
+@pytest.mark.parametrize("step", ["start", "inputs"])
+def test_a_full_gpu_is_an_error_with_sizes(
+    opened: Source, windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*rest: object, **more: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    if step == "start":
+        monkeypatch.setattr(Recorder, "forward", full)
+    else:
+        monkeypatch.setattr(Calibration, "inputs", full)
+    with pytest.raises(TemporaryError, match=r"tiny-llama: calibration: CUDA .* allocate 2\.00 GiB"):
+        convert(opened, plan_of(opened), tmp_path / "out", [torch.device("cpu")], windows=windows)
+
+
+def test_layers_of_another_source_with_the_same_size_and_time_are_not_taken(
+    windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[str] = []
+
+    def note(self: Calibration, windows: Tensor, prepared: PreparedLayers) -> NoReturn:
+        keys.append(prepared.key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Calibration, "run", note)
+    folder = shutil.copytree(EXAMPLE, tmp_path / "source")
+    path = folder / "model-00001-of-00002.safetensors"
+    times, data = path.stat().st_mtime_ns, bytearray(path.read_bytes())
+    for bit in (0, 1, 1):
+        data[-1] ^= bit
+        path.write_bytes(data)
+        os.utime(path, ns=(times, times))
+        source = open_source(str(folder))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, plan_of(source), tmp_path / "out", [torch.device("cpu")], windows=windows)
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_without_transformers_the_command_names_the_extra(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['transformers'] = None\nfrom converter.cli import main\nmain()"
+    command = [sys.executable, "-c", program, EXAMPLE, tmp_path / "out", "--method", "gptq", "--calibration", TEXT]
+    done = subprocess.run([*map(str, command), "--device", "cpu"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "pip install 'int4-convert[hf]'" in done.stderr
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -237,5 +288,7 @@ def test_texts_that_do_not_fit_the_method_are_refused(arguments: list[object], m
 
 def test_a_checkpoint_without_a_model_is_refused(tmp_path: Path, windows: Tensor) -> None:
     source = open_source(str(write_checkpoint(tmp_path / "source")))
-    with pytest.raises(CheckpointError, match="transformers cannot build the model"):
+    with pytest.raises(
+        CheckpointError, match=r"transformers cannot build the model .*convert it without --calibration"
+    ):
         Calibration(source, plan_of(source), torch.device("cpu"))

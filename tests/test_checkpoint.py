@@ -9,7 +9,7 @@ from formats.checkpoint import Checkpoint
 from formats.container import Container
 from formats.errors import CheckpointError
 from formats.layout import Scheme
-from formats.manifest import MANIFEST_NAME, Manifest
+from formats.manifest import CARD_NAME, EVALUATION_NAME, MANIFEST_NAME, Manifest
 from formats.records import from_json
 from formats.tensors import TORCH_DTYPES
 
@@ -39,6 +39,17 @@ def test_one_flipped_bit_anywhere_is_reported(folder: Path) -> None:
                 Checkpoint(folder).verify()
         path.write_bytes(whole)
     Checkpoint(folder).verify()
+
+
+def test_the_card_and_files_that_are_not_listed_are_nobodys_business(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    (source / CARD_NAME).write_text("# A model\n")
+    convert_folder(source, tmp_path / "out")
+    (tmp_path / "out" / CARD_NAME).write_text("# Another text\n")
+    (tmp_path / "out" / EVALUATION_NAME).write_text("{}\n")
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert CARD_NAME in checkpoint.files
+    assert checkpoint.verify() == len(checkpoint.files) - 1
 
 
 def test_every_flipped_bit_and_every_cut_of_a_shard_is_found_by_loading(tmp_path: Path) -> None:

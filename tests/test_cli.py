@@ -16,14 +16,17 @@ from checkpoints import EXAMPLE, contents, random, write_checkpoint
 
 import converter.cli
 import converter.export_cli
+import converter.push_cli
 import formats.cli
 import runtime.cli
+from converter.card import make_card
 from formats.errors import TemporaryError, UsageError
 from formats.manifest import MANIFEST_NAME, read_manifest
 
 MAINS = {
     "int4-convert": converter.cli.main,
     "int4-export": converter.export_cli.main,
+    "int4-push": converter.push_cli.main,
     "int4-inspect": formats.cli.main,
     "int4-eval": runtime.cli.main,
 }
@@ -41,12 +44,13 @@ Call = Callable[..., Result]
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     def run(command: str, *arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
-        previous = signal.getsignal(signal.SIGTERM)
+        previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:
             with pytest.raises(SystemExit) as exit_info:
                 MAINS[command]()
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
         captured = capsys.readouterr()
         return Result(int(exit_info.value.code or 0), captured.out, captured.err)
 
@@ -115,6 +119,8 @@ def test_dry_run_json_has_the_plan(call: Call, source: Path, out: Path) -> None:
     [
         (["--group-size", 0], "group size 0"),
         (["--group-size", 7], "group size 7"),
+        (["--group-size", 1 << 70], f"group size {1 << 70}"),
+        (["--seed", 1 << 70], "is not in the range"),
         (["--scheme", "odd"], "'odd' is not one of"),
         (["--method", "magic"], "'magic' is not"),
         (["--include", "nothing"], "matches no tensor"),
@@ -161,18 +167,65 @@ def test_an_interrupt_ends_with_130(call: Call, source: Path, out: Path, monkeyp
 
     monkeypatch.setattr(converter.cli, "convert", interrupt)
     result = call("int4-convert", source, out)
-    assert (result.code, result.err) == (130, "\ninterrupted\n")
+    advice = "the same command goes on behind the files that are finished"
+    assert (result.code, result.err) == (130, f"\ninterrupted; {advice}\n")
+
+
+WAITING = """
+import signal, time, click
+from formats.command import run
+
+@click.command()
+def wait() -> None:
+    try:
+        print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, flush=True)
+        time.sleep(60)
+    finally:
+        print("unwinding", flush=True)
+        time.sleep(60)
+
+run(wait)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_for_what_the_first_began(signum: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "False\n"
+        process.send_signal(signum)
+        assert process.stdout.readline() == "unwinding\n"
+        process.send_signal(signum)
+        assert process.wait(timeout=30) == -signum
+
+
+def test_what_a_shell_runs_in_the_background_is_not_interrupted() -> None:
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + WAITING
+    with subprocess.Popen([sys.executable, "-c", ignoring], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        process.kill()
+
+
+def test_a_warning_is_one_line_and_stops_nothing(call: Call, source: Path, out: Path) -> None:
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": {"total_size": 5}}))
+    result = call("int4-convert", source, out)
+    assert result.code == 0
+    assert re.fullmatch(r"warning: .*index.json: total_size is 5, its shards hold \d+ bytes; .*\n", result.err)
 
 
 def test_a_termination_ends_with_143_and_leaves_nothing_half_made(tmp_path: Path, out: Path) -> None:
     tensors = {f"layers.{i}.proj.weight": random(2048, 2048, seed=i) for i in range(24)}
     source = write_checkpoint(tmp_path / "source", tensors, shards=1)
-    process = subprocess.Popen([sys.executable, "-m", "converter", str(source), str(out), "--device", "cpu"])
+    command = [sys.executable, "-m", "converter", str(source), str(out), "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(out.glob("*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.terminate()
-    assert process.wait(timeout=60) == 143
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.startswith("terminated; the same command goes on")) == (143, True)
     assert not any(name.endswith((".partial", ".safetensors", MANIFEST_NAME)) for name in contents(out))
 
 
@@ -181,6 +234,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "out"
     subprocess.run([sys.executable, "-m", "converter", str(EXAMPLE), str(out), "--quiet"], check=True)
     return out
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_published(call: Call, source: Path) -> None:
+    result = call("int4-push", source, "owner/name")
+    assert (result.code, result.out) == (3, "")
+    assert f"{source}: holds no manifest.json" in result.err
 
 
 def test_inspect_describes_the_checkpoint(call: Call, converted: Path) -> None:
@@ -297,6 +356,7 @@ def test_eval_prints_a_table_and_writes_json(call: Call, converted: Path, tmp_pa
     assert 0 < fields["kld"]["mean"] < 0.3
     assert 0.7 < fields["same_top1"] < 1
     assert fields["weight_bytes"] < fields["reference"]["weight_bytes"]
+    assert f"| perplexity | {fields['perplexity']:.3f} ±" in make_card("me/x", read_manifest(converted), "", fields)
 
 
 @pytest.mark.parametrize("texts", [[], ["--text", EXAMPLE / "config.json", "--dataset", "wikitext2"]])

@@ -19,7 +19,7 @@ from formats.errors import CheckpointError
 from formats.files import publish
 from formats.layout import DTYPE_BYTES, TensorSpec
 from formats.strict_json import parse_object
-from formats.tensors import TORCH_DTYPES, bytes_of, spec_of, tensor_from
+from formats.tensors import TORCH_DTYPES, bytes_of, read_tensor, spec_of
 
 F32X2 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -152,7 +152,7 @@ def test_the_reader_reads_what_the_safetensors_library_writes(tmp_path: Path) ->
     save_file(sample(), tmp_path / "a.safetensors")
     with Container(tmp_path / "a.safetensors") as container:
         for name, tensor in sample().items():
-            assert torch.equal(tensor_from(container.read(name), container.tensors[name].spec), tensor)
+            assert torch.equal(read_tensor(container, name), tensor)
 
 
 def test_the_writer_knows_size_and_hash_of_its_file_in_any_order(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(tmp_path: Pa
     with Container(path) as container:
         os.truncate(path, 4000)
         with pytest.raises(CheckpointError, match="cut short"):
-            container.read("a")
+            read_tensor(container, "a")
 
 
 def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path: Path) -> None:
@@ -240,3 +240,11 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path: Path) -> N
 
 def test_every_type_of_the_format_has_a_torch_type_of_its_size() -> None:
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == DTYPE_BYTES
+
+
+def test_no_header_is_written_that_is_over_the_limit_of_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = {f"t{i}": TensorSpec("F32", (2,)) for i in range(9)}
+    monkeypatch.setattr("formats.container.MAX_HEADER_BYTES", len(build_header(specs, {})) - 8)
+    build_header(specs, {})
+    with pytest.raises(CheckpointError, match=r"10 tensors need a header of \d+ bytes, .* more and smaller files"):
+        build_header({**specs, "t9": TensorSpec("F32", (2,))}, {})

@@ -25,6 +25,7 @@ from formats.errors import CheckpointError, NonFiniteError, OutputError, Tempora
 from formats.files import lock
 from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
+from formats.tensors import bytes_of, spec_of
 
 
 def begin(source: Path, out: Path) -> None:
@@ -451,3 +452,44 @@ def test_hidden_files_of_others_stay_and_are_in_nobodys_way(source: Path, out: P
     convert_folder(source, out)
     convert_folder(source, out, Scheme(16), overwrite=True)
     assert contents(out)[".git/config"] == contents(out)[".DS_Store"] == b"theirs"
+
+
+def test_tensors_in_any_order_and_at_any_byte_are_read(tmp_path: Path, out: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", {"a.weight": random(8, 16)}, shards=1)
+    tensors = {"odd": torch.ones(1, dtype=torch.uint8), "b.weight": random(4, 8, dtype=torch.float32),
+               "a.weight": random(8, 16)}  # fmt: skip
+    data, entries = b"", {}
+    for name, tensor in tensors.items():
+        octets = bytes(bytes_of(tensor))
+        spec = spec_of(tensor)
+        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [len(data), len(data) + len(octets)]}
+        data += octets
+    for padding in range(8):
+        header = json.dumps(dict(sorted(entries.items()))).encode() + b" " * padding
+        (source / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+        convert_folder(source, out / str(padding))
+        found = stored(out / str(padding))
+        for name in ("a.weight", "b.weight"):
+            quantized = codec.quantize(tensors[name], Scheme(8), torch.bfloat16)
+            assert torch.equal(found[f"{name}_packed"], quantized.packed)
+            assert torch.equal(found[f"{name}_scale"], quantized.scale)
+
+
+def test_names_of_tensors_are_never_paths(tmp_path: Path, out: Path) -> None:
+    names = ["../x.weight", "a/../../b.weight", "~/z.weight", str(tmp_path / "trap.weight")]
+    source = write_checkpoint(tmp_path / "source", {name: random(8, 8) for name in names}, shards=2)
+    before = contents(source)
+    assert all(row.quantized for row in convert_folder(source, out).tensors)
+    Checkpoint(out).verify()
+    assert contents(source) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_scalars_and_empty_tensors_are_kept(tmp_path: Path, out: Path) -> None:
+    tensors = {"a.weight": random(8, 8), "scalar": torch.tensor(2.5), "none.weight": torch.empty(0, 8).bfloat16()}
+    source = write_checkpoint(tmp_path / "source", tensors, shards=1)
+    reasons = {row.name: row.reason for row in convert_folder(source, out).tensors}
+    assert reasons == {"a.weight": "linear layer", "scalar": "0-D", "none.weight": "empty"}
+    Checkpoint(out).verify()
+    assert stored(out)["scalar"].item() == 2.5
+    assert stored(out)["none.weight"].shape == (0, 8)

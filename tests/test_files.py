@@ -42,7 +42,16 @@ def test_names_that_are_no_printable_text_are_refused(name: str) -> None:
         safe_name(name, "index")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "1_Pooling/config.json", ".hidden", "a b", "~$notes.txt"])
+@pytest.mark.parametrize("name", ["a" * 256, "é" * 128, "a/" * 600 + "a"])
+def test_names_that_no_file_system_takes_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="is too long; shorten it") as caught:
+        safe_name(name, "index")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 255, "model.safetensors", "1_Pooling/config.json", ".hidden", "a b", "~$notes.txt"]
+)
 def test_plain_names_pass(name: str) -> None:
     assert safe_name(name, "index") == name
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import convert_folder, random, stored, write_checkpoint
+from checkpoints import add_to_config, convert_folder, random, stored, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from formats.layout import Scheme
 from formats.manifest import read_manifest
 
 ROWS, COLUMNS = 16, 24  # of a block
+FP8 = {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS], "activation_scheme": "dynamic"}
 NAMES = ("model.layers.0.a.weight", "model.layers.0.b.weight", "lm_head.weight")
 
 
@@ -38,13 +39,8 @@ def checkpoints(folder: Path, shards: int) -> tuple[Path, Path]:
         meant[name] = matrix
     stored["model.norm.weight"] = meant["model.norm.weight"]
     fp8 = write_checkpoint(folder / "fp8" / "source", stored, shards=shards)
-    add_config(fp8, {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS], "activation_scheme": "dynamic"})
+    add_to_config(fp8, quantization_config=FP8)
     return fp8, write_checkpoint(folder / "bf16" / "source", meant, shards=1)
-
-
-def add_config(folder: Path, quantization: dict[str, object]) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantization}))
 
 
 @pytest.mark.parametrize("chunk_bytes", [None, 1])
@@ -88,7 +84,7 @@ def test_a_nan_is_found_at_its_place(tmp_path: Path) -> None:
     values, scale, _ = in_fp8(random(50, 40))
     values.view(torch.uint8)[33, 7] = 0x7F
     source = write_checkpoint(tmp_path / "source", {"a.weight": values, "a.weight_scale_inv": scale}, shards=1)
-    add_config(source, {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS]})
+    add_to_config(source, quantization_config=FP8)
     with pytest.raises(CheckpointError, match=r"'a\.weight': 1 of 2000 weights .* row 33, column 7"):
         convert_folder(source, tmp_path / "out")
 
@@ -99,7 +95,7 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path, scale: Tensor | None
     if scale is not None:
         stored["a.weight_scale_inv"] = scale
     source = write_checkpoint(tmp_path / "source", stored, shards=1)
-    add_config(source, {"quant_method": "fp8", "weight_block_size": [ROWS, COLUMNS]})
+    add_to_config(source, quantization_config=FP8)
     with pytest.raises(CheckpointError, match=r"'a\.weight' .* has the scales .*, expected F32 or .* \[4, 2\]"):
         open_source(str(source))
 
@@ -107,6 +103,6 @@ def test_scales_that_do_not_fit_are_refused(tmp_path: Path, scale: Tensor | None
 @pytest.mark.parametrize("size", [None, [128], [0, 128], "128"])
 def test_fp8_without_blocks_is_refused(tmp_path: Path, size: object) -> None:
     source = write_checkpoint(tmp_path / "source", {"a.weight": random(8, 8)}, shards=1)
-    add_config(source, {"quant_method": "fp8", "weight_block_size": size})
+    add_to_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": size})
     with pytest.raises(CheckpointError, match=r"already quantised \(fp8\)"):
         open_source(str(source))

@@ -7,68 +7,32 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import pytest
 import torch
-from checkpoints import write_checkpoint
-from huggingface_hub import close_session, constants
-from local_hub import DROP, LocalHub, Request
+from checkpoints import add_to_config, random, write_checkpoint
+from huggingface_hub import constants
+from local_hub import DROP, REPO, TOKEN, LocalHub, Request
 from safetensors.torch import save_file
 
 from converter.cli import command
 from converter.pipeline import Conversion
 from converter.source import open_source
 from converter.weights import HubWeights
-from formats.errors import CheckpointError, HubError, Int4Error, OutputError, TemporaryError, UsageError
+from formats.errors import CheckpointError, HubError, Int4Error, Int4Warning, OutputError, TemporaryError, UsageError
 from formats.hub import download
 from formats.manifest import MANIFEST_NAME, read_manifest
 from runtime.load import resolve
 
-REPO = "owner/name"
-TOKEN = "hf_aSecretThatNobodyMaySee"
 NO_COMMIT = "0" * 40
 RESOLVE = "*/resolve/*"
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def local_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
-    """Point huggingface_hub, which reads its environment once at import, at a URL; its cache is empty."""
-    settings = {
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "token"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_TELEMETRY": True,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-    }
-    for name, value in settings.items():
-        monkeypatch.setattr(constants, name, value)
-    for name, value in {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-
-    def point_at(url: str) -> None:
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-
-    close_session()
-    yield point_at
-    close_session()
-
-
-@pytest.fixture
-def hub(local_client: Callable[[str], None]) -> Iterator[LocalHub]:
-    with LocalHub(REPO) as hub:
-        local_client(hub.url)
-        yield hub
 
 
 def make_checkpoint(folder: Path, seed: int = 0) -> dict[str, bytes]:
@@ -187,14 +151,26 @@ def test_a_repository_that_is_cached_whole_converts_without_the_hub(hub: LocalHu
     commit = hub.push(make_checkpoint(tmp_path / "source"))
     convert(REPO, str(tmp_path / "online"))
     hub.fail(500)
-    convert(REPO, str(tmp_path / "offline"))
-    assert open_source(REPO).revision == commit
+    with pytest.warns(Int4Warning, match=f"{REPO}: the Hub cannot be reached; .* taken for all of {commit}"):
+        convert(REPO, str(tmp_path / "offline"))
+    with pytest.warns(Int4Warning):
+        assert open_source(REPO).revision == commit
     assert contents(tmp_path / "offline") == contents(tmp_path / "online")
 
 
 def test_a_repository_that_is_cached_in_part_is_a_temporary_error(hub: LocalHub, tmp_path: Path) -> None:
     hub.push(make_checkpoint(tmp_path / "source"))
     open_source(REPO).weights.fetch(SHARDS[0])
+    hub.fail(500)
+    assert type(error_of()) is TemporaryError
+
+
+@pytest.mark.filterwarnings("ignore::formats.errors.Int4Warning")
+@pytest.mark.parametrize("name", ["tokenizer.json", "2_Dense/model.safetensors"])
+def test_a_side_file_that_the_cache_lacks_is_a_temporary_error(hub: LocalHub, tmp_path: Path, name: str) -> None:
+    hub.push({**make_checkpoint(tmp_path / "source"), "2_Dense/model.safetensors": b"x"})
+    convert(REPO, str(tmp_path / "online"))
+    (open_source(REPO).folder / name).unlink()
     hub.fail(500)
     assert type(error_of()) is TemporaryError
 
@@ -294,6 +270,28 @@ def test_low_disk_never_holds_more_than_two_shards(hub: LocalHub, tmp_path: Path
     found, expected = contents(out), contents(tmp_path / "from_folder")
     del found[MANIFEST_NAME], expected[MANIFEST_NAME]
     assert found == expected  # and nothing staged is left
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_scales_in_another_file_than_their_matrix_are_no_third_file(
+    hub: LocalHub, tmp_path: Path, ranges: bool
+) -> None:
+    names = [f"layers.{i}.weight" for i in range(4)]
+    matrices = {name: random(16, 64, seed=i).to(torch.float8_e4m3fn) for i, name in enumerate(names)}
+    scales = {f"{name}_scale_inv": torch.full((2, 4), 0.5 + i) for i, name in enumerate(names)}
+    source = write_checkpoint(tmp_path / "source", matrices | dict(reversed(scales.items())), shards=8)
+    add_to_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 16]})
+    hub.push({path.name: path.read_bytes() for path in source.iterdir()})
+    hub.ranges = ranges
+    held: list[int] = []
+    out = tmp_path / "out"
+    hub.on_request = lambda request: held.append(len([*out.rglob("*-of-00008.safetensors")]))
+    convert(REPO, str(out), "--low-disk")
+    convert(str(source), str(tmp_path / "from_folder"))
+    assert max(held) in (1, 2)
+    found, expected = contents(out), contents(tmp_path / "from_folder")
+    del found[MANIFEST_NAME], expected[MANIFEST_NAME]
+    assert found == expected
 
 
 def test_low_disk_goes_on_behind_the_finished_shards(

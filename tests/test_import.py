@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import contents, random, stored, write_checkpoint
+from checkpoints import add_to_config, contents, random, stored, write_checkpoint
 from safetensors.torch import load_file
 from test_export import checkpoint, weights
-from test_fp8 import add_config
 from torch import Tensor
 
 from converter import pipeline
@@ -147,10 +146,9 @@ def write(folder: Path, parts: dict[str, Tensor], settings: dict[str, Any], shar
     tensors = {f"{MODULE}.{part}": tensor for part, tensor in parts.items()}
     kept = {"lm_head.weight": random(32, COLUMNS), "router.weight": random(8, COLUMNS), "b.weight": random(8, COLUMNS)}
     write_checkpoint(folder, {**tensors, **kept, f"{MODULE}.bias": random(ROWS)}, shards)
-    add_config(folder, settings)
+    add_to_config(folder, quantization_config=settings)
     if "quant_method" not in settings:
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "quantization": settings}))
+        add_to_config(folder, quantization=settings)
     return folder
 
 

@@ -4,14 +4,15 @@ from formats.errors import UsageError
 from formats.layout import Scheme, TensorSpec, stored_tensors
 
 
-@pytest.mark.parametrize("size", [0, -2, 7, 12, -8])
-def test_a_group_size_that_is_no_multiple_of_8_is_refused(size: int) -> None:
+@pytest.mark.parametrize("size", [0, -2, 7, 12, -8, 1 << 63])
+def test_a_group_size_that_is_no_multiple_of_8_or_over_64_bits_is_refused(size: int) -> None:
     with pytest.raises(UsageError, match=f"group size {size}"):
         Scheme(size)
 
 
 @pytest.mark.parametrize(
-    ("size", "columns", "groups"), [(256, 2048, 8), (256, 300, 2), (256, 172, 1), (8, 20, 3), (-1, 9999, 1)]
+    ("size", "columns", "groups"),
+    [(256, 2048, 8), (256, 300, 2), (256, 172, 1), (8, 20, 3), (-1, 9999, 1), (1 << 30, 172, 1)],
 )
 def test_groups_count_the_short_last_one(size: int, columns: int, groups: int) -> None:
     assert Scheme(size).groups(columns) == groups

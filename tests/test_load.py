@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import runtime
 from formats import codec
-from formats.errors import CheckpointError
+from formats.checkpoint import Checkpoint
+from formats.errors import CheckpointError, TemporaryError
 from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME
 
@@ -151,6 +152,11 @@ def meta_table(model: Model) -> None:
     model.table = model.table.to("meta")
 
 
+def hidden_on_meta(model: Model) -> None:
+    model.extra = nn.Parameter(torch.zeros(1, device="meta"))
+    model.register_state_dict_post_hook(lambda module, state, *rest: state.__delitem__("extra"))
+
+
 MISFITS: dict[str, tuple[Callable[[Model], object], str]] = {
     "the checkpoint holds more": (lose_norm, "0 tensors missing .*1 unexpected .model.norm.weight"),
     "the module needs more": (add_parameter, "1 tensors missing .extra"),
@@ -159,6 +165,7 @@ MISFITS: dict[str, tuple[Callable[[Model], object], str]] = {
     "no such linear": (lose_q, "'model.layers.0.q_proj', which Model lacks"),
     "not a linear": (no_linear, r"the model has a Embedding \[\]"),
     "a table on meta": (meta_table, "leaves table on the meta device"),
+    "a parameter on meta that is not saved": (hidden_on_meta, "leaves extra on the meta device"),
 }
 
 
@@ -198,6 +205,15 @@ def test_a_damaged_shard_is_refused_unless_verify_is_off(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="SHA-256"):
         runtime.load_into(Model(), folder, device="cpu")
     runtime.load_into(Model(), folder, device="cpu", verify=False)
+
+
+def test_a_full_gpu_is_an_error_of_one_line_with_sizes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*rest: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB. More")
+
+    monkeypatch.setattr(Checkpoint, "stream", full)
+    with pytest.raises(TemporaryError, match=r"out, 0 MB: CUDA .* allocate 2\.00 GiB\. GPU 0 has 1\.00 GiB; free some"):
+        runtime.load_into(Model(), folder, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -356,4 +372,4 @@ def test_without_transformers_load_names_the_extra(folder: Path) -> None:
         "except UsageError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "int4-convert[hf]" in done.stdout
+    assert "pip install 'int4-convert[hf]', or fill a module of your own with runtime.load_into" in done.stdout

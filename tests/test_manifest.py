@@ -148,3 +148,11 @@ def test_another_text_of_the_same_json_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(rb"\u00e9", rb"\u00E9"))
     with pytest.raises(CheckpointError, match="digest does not match its text"):
         read_manifest(tmp_path / "out")
+
+
+def test_a_manifest_over_the_limit_is_refused_before_it_is_parsed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("formats.files.MAX_SMALL", (folder / MANIFEST_NAME).stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=r"manifest\.json: is over \d+ bytes"):
+        read_manifest(folder)

@@ -251,6 +251,14 @@ def test_names_that_would_collide_are_refused(tmp_path: Path) -> None:
         plan_of(write_checkpoint(tmp_path / "bad", tensors, shards=1))
 
 
+def test_a_name_that_grows_too_long_for_readers_is_refused(tmp_path: Path) -> None:
+    name = "a" * 500 + ".weight"
+    folder = write_checkpoint(tmp_path / "source", {name: random(8, 8), "b.weight": random(8, 8)}, shards=1)
+    with pytest.raises(CheckpointError, match="_packed', a name of over 512 bytes; keep it with --exclude"):
+        plan_of(folder)
+    assert quantized(plan_of(folder, exclude=("a*",))) == {"b.weight"}
+
+
 def test_a_source_with_a_manifest_of_its_own_is_refused(folder: Path) -> None:
     (folder / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="names that the output needs"):

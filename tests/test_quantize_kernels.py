@@ -127,3 +127,14 @@ def test_subnormal_weights_give_the_codecs_bits_on_a_gpu(smallest: float, dtype:
     expected, found = (absmax(w, Scheme(8), scale_dtype) for w in (weight, weight.cuda()))
     assert torch.equal(expected.packed, found.packed.cpu())
     assert torch.equal(expected.scale, found.scale.cpu())
+
+
+@pytest.mark.gpu
+def test_a_matrix_of_more_weights_than_31_bits_count() -> None:
+    last = random(8, 1 << 14).cuda()
+    weight = torch.zeros((1 << 17) + 8, 1 << 14, dtype=torch.bfloat16, device="cuda")
+    weight[-8:] = last
+    found, expected = (absmax(w, Scheme(128, symmetric=False), torch.bfloat16) for w in (weight, last))
+    assert torch.equal(found.packed[-8:], expected.packed)
+    assert torch.equal(found.scale[-8:], expected.scale)
+    assert torch.equal(found.zero_point[-1:], expected.zero_point)

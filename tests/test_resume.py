@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random as chance
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,13 @@ def test_a_damaged_shard_is_made_again(
     else:
         path.write_bytes(data if damage == "flip" else data[:-1])
     names = converted(monkeypatch)
-    convert_folder(source, half)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert_folder(source, half)
     assert names == [NAMES[0], *NAMES[2:]]
     assert contents(half) == whole
+    told = f"{half}: {path.name} changed since they were written; they are made again"
+    assert [str(warning.message) for warning in caught] == ([told] if damage in ("flip", "cut") else [])
 
 
 def test_another_option_is_refused_by_name(source: Path, half: Path) -> None:

@@ -1,15 +1,17 @@
 import json
 import os
+import stat
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import random, tiny_tensors, write_checkpoint, write_index
+from checkpoints import add_to_config, random, tiny_tensors, write_checkpoint, write_index
 from safetensors.torch import save_file
 
 from converter.source import open_source
-from formats.errors import CheckpointError, UsageError
+from formats.errors import CheckpointError, Int4Warning, UsageError
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,11 +24,6 @@ def folder(tmp_path: Path) -> Path:
 
 def weight_map(folder: Path) -> dict[str, str]:
     return dict(json.loads((folder / INDEX).read_text())["weight_map"])
-
-
-def add_to_config(folder: Path, **fields: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def double_a_tensor(folder: Path) -> None:
@@ -56,6 +53,16 @@ def fifo(folder: Path) -> None:
     os.mkfifo(folder / ONE)
 
 
+def folder_for_shard(folder: Path) -> None:
+    (folder / ONE).unlink()
+    (folder / ONE).mkdir()
+
+
+def socket_for_shard(folder: Path) -> None:
+    (folder / ONE).unlink()
+    os.mknod(folder / ONE, stat.S_IFSOCK)
+
+
 def link_out(folder: Path) -> None:
     (folder / ONE).rename(folder.parent / "elsewhere")
     (folder / ONE).symlink_to(folder.parent / "elsewhere")
@@ -65,6 +72,8 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard cut short": (cut_in_half, "model-00001.*header describes"),
     "shard padded": (pad, "model-00001.*header describes"),
     "shard is a fifo": (fifo, "not a regular file"),
+    "shard is a folder": (folder_for_shard, "not a regular file"),
+    "shard is a socket": (socket_for_shard, "cannot be opened"),
     "shard is a link out of the folder": (link_out, "outside"),
     "shard missing": (lambda f: (f / TWO).unlink(), f"names {TWO} which are not in the folder"),
     "only pickled weights": (only_pickles, r"found pytorch_model.bin\. Only safetensors"),
@@ -80,6 +89,11 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: write_index(f, {"a": "../other/model.safetensors"}), "could leave its folder"),
     "index names a pickle": (lambda f: write_index(f, {"a": "pytorch_model.bin"}), "expected only .safetensors"),
     "index without weight_map": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
+    "index with a list for a map": (lambda f: (f / INDEX).write_text('{"weight_map": []}'), "has no weight_map"),
+    "index with a number for a file": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 5}}'), "no weight_map"),
+    "index is an array": (lambda f: (f / INDEX).write_text("[]"), "found a JSON list, expected an object"),
+    "index names a file that no disk can hold": (
+        lambda f: write_index(f, {"a": "x" * 5000 + ".safetensors"}), "is too long; shorten it"),
     "index is no json": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
     "index with duplicate keys": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'), "duplicate key 'a'"),
@@ -118,6 +132,8 @@ def test_a_bad_source_is_refused_with_its_reason(kind: str, folder: Path) -> Non
         ("a.weight_packed", torch.zeros(2, 2, dtype=torch.int32)),
         ("a.weight_scale_inv", torch.zeros(2, 2)),
         ("a.weight", torch.zeros(2, 2).to(torch.float8_e4m3fn)),
+        ("a.weight", torch.zeros(2, 2, dtype=torch.int8)),
+        ("a.weight", torch.zeros(2, 2, dtype=torch.uint8)),
     ],
 )
 def test_tensors_of_quantised_models_are_refused(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
@@ -213,3 +229,22 @@ def test_no_pickle_and_no_code_of_the_checkpoint_runs(folder: Path, tmp_path: Pa
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(trap).encode() + b"'\ntR.")
     open_source(str(folder))
     assert not trap.exists()
+
+
+def with_total_size(folder: Path, size: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map(folder)}))
+
+
+@pytest.mark.parametrize("size", [5, "4 GB"])
+def test_a_wrong_total_size_is_said_and_ignored(folder: Path, size: object) -> None:
+    with_total_size(folder, size)
+    with pytest.warns(Int4Warning, match=f"total_size is {size!r}, its shards hold 4280 bytes; the shards count"):
+        assert set(open_source(str(folder)).shards) == {ONE, TWO}
+
+
+@pytest.mark.parametrize("size", [None, 4280, 4280.0])
+def test_a_right_total_size_is_not_spoken_of(folder: Path, size: object) -> None:
+    with_total_size(folder, size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert open_source(str(folder)).nbytes == 4280

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from formats import codec
-from formats.devices import HAS_TRITON
+from formats.devices import has_triton
 from formats.layout import Scheme
 
 
@@ -13,7 +13,7 @@ def absmax(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> codec.Qu
 
     Raises `NonFiniteError` on NaN or infinity.
     """
-    if not (weight.is_cuda and HAS_TRITON):
+    if not has_triton(weight.device):
         return codec.quantize(weight, scheme, scale_dtype)
     from converter.quantize import kernels
 

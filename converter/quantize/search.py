@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from formats.codec import Quantized, absmax, as_stored, check_finite, encoded, grouped
-from formats.devices import HAS_TRITON, block_weights
+from formats.devices import block_weights, has_triton
 from formats.layout import CODE_MAX, CODE_MIN, CODES_PER_WORD, Scheme, ceil_div
 
 COARSE = range(38, 72, 3)  # ratios of a scale to that of the whole range, in 64ths
@@ -32,7 +32,7 @@ def search(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Quantize
 
     Raises `NonFiniteError` on NaN or infinity.
     """
-    if weight.is_cuda and HAS_TRITON and lanes_of(padded_words(weight, scheme)) <= MOST_LANES[weight.element_size()]:
+    if has_triton(weight.device) and lanes_of(padded_words(weight, scheme)) <= MOST_LANES[weight.element_size()]:
         from converter.quantize import kernels
 
         return kernels.search(weight, scheme, scale_dtype)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from formats.devices import HAS_TRITON
+from formats.devices import has_triton
 from formats.layout import CODE_MAX, CODE_MIN
 
 BLOCK_COLUMNS = 128  # whose losses reach the columns behind them as one product
@@ -40,7 +40,7 @@ def sweep_block(wanted: Tensor, before: Tensor | None, pull: Tensor, scale: Tens
 
     One kernel on a GPU and torch elsewhere, with the same bits.
     """
-    if wanted.is_cuda and HAS_TRITON:
+    if has_triton(wanted.device):
         from converter.quantize.kernels.sweep import sweep_block as by_triton
 
         return by_triton(wanted, before, pull, scale, zero)

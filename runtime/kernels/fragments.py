@@ -2,7 +2,7 @@
 
 A tensor core takes the weights of 16 rows × 16 columns from the registers of a warp: lane 4g + c holds, of rows g and
 g + 8, columns 2c, 2c + 1, 2c + 8 and 2c + 9. In kernel order these eight codes are one word, and the words of a block
-of 16 rows × 64 columns (four such tiles) are 512 bytes in a row, so that one 16-byte load brings a lane its share:
+of 16 rows × 64 columns (four such tiles) are 512 bytes in a row, so that one 16-byte load brings a lane its share::
 
     words [N/16, K/64, 128]:  word 16g + 4c + t of a block = tile t of lane 4g + c
     bits of a word:           nibble 2j + e and nibble 4 + 2j + e = row g + 8e, columns 16t + 8j + 2c and + 1

@@ -1,4 +1,4 @@
-"""Many tokens on Hopper: large tiles of rows × tokens, by a producer and two consumers.
+"""Many tokens on Hopper: large tiles of rows × tokens, by a producer and two consumers::
 
     producer (one warp)        words, scales, tokens of a step → a ring in shared memory, by the copy engine
     consumer 0 (four warps)    rows of the upper half: words → registers → unpack → wgmma with the step's tokens

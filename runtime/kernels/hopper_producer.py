@@ -1,7 +1,7 @@
 """A producer: one warp that has the copy engine bring every step of a program's tiles, for the consumers beside it.
 
 A step is STEP blocks of 64 columns. Its words, scales and tokens come to a slot of a ring in shared memory, and the
-slot's barrier counts their bytes; with SCALES groups in a step:
+slot's barrier counts their bytes; with SCALES groups in a step::
 
     words           [BUFFERS, STEP, tile rows / 16, 4, 32] int32     in kernel order, see `fragments`
     scales, zeros   [BUFFERS · SCALES, tile rows] 16 bits

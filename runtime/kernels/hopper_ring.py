@@ -3,7 +3,7 @@
 A step is STEP blocks of 64 columns. The copy engine brings its words and its tokens, each as one box that a barrier of
 its own waits for: all warps meet before whatever touches the same barrier again, so few boxes are worth more than small
 ones. Scales and zero points come by asynchronous copies of 16 bytes, one for each stretch of a step that no border of a
-group cuts; SCALES of them are in a step:
+group cuts; SCALES of them are in a step::
 
     words           [BUFFERS, STEP, tile rows / 16, 4, 32] int32     in kernel order, see `fragments`
     scales, zeros   [BUFFERS · SCALES, tile rows] 16 bits

@@ -1,0 +1,35 @@
+"""`int4-push`: the command line that publishes a checkpoint."""
+
+from pathlib import Path
+
+import click
+
+from converter.push import Upload, published
+from formats import __version__
+from formats.checkpoint import Checkpoint
+from formats.command import echo, run
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("repo_id")
+@click.option("--private", is_flag=True, help="Make the repository, if there is none, for yourself alone.")
+@click.option("--create-pr", is_flag=True, help="Make a pull request instead of a commit.")
+@click.option("--quiet", is_flag=True, help="No progress bars and no summary.")
+@click.version_option(__version__)
+def command(folder: Path, repo_id: str, private: bool, create_pr: bool, quiet: bool) -> None:
+    """Publish the int4 checkpoint in DIR as the Hub repository REPO_ID, with a model card, in one commit.
+
+    Run again after any stop it sends what the Hub does not have yet.
+    """
+    checkpoint = Checkpoint(folder)
+    checkpoint.verify()
+    with Upload(repo_id, private=private, create_pr=create_pr, quiet=quiet) as upload:
+        where = upload.commit(folder, checkpoint.manifest)
+    if not quiet:
+        echo(published(upload, where))
+
+
+def main() -> None:
+    """Entry point of `int4-push`."""
+    run(command)

@@ -1,0 +1,179 @@
+"""The model card: YAML that huggingface_hub reads back, and tables of what the manifest says."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import convert_folder, write_checkpoint
+from huggingface_hub import ModelCard, ModelCardData
+
+from converter.card import make_card
+from formats.errors import CheckpointError
+from formats.manifest import CalibrationRecord, Manifest
+
+REPO = "me/model-i4"
+COMMIT = "0123456789" * 4
+SOURCE_CARD = """\
+---
+license: other
+license_name: llama3.1
+license_link: LICENSE
+language:
+- en
+- no
+pipeline_tag: text-generation
+library_name: transformers
+tags:
+- chat
+base_model: owner/base
+extra_gated_prompt: Say who you are
+extra_gated_fields:
+  Name: text
+model-index: broken
+---
+# What the source says of itself
+"""
+FIGURES = {
+    "text": "/home/somebody/novels.txt", "windows": 256, "seq_len": 512, "dtype": "float32", "device": "cpu",
+    "perplexity": 38.83, "perplexity_se": 0.5, "increase": 0.048, "increase_se": 0.001, "same_top1": 0.87,
+    "reference": {"perplexity": 37.06, "perplexity_se": None},
+    "kld": {"mean": 0.076, "mean_se": 0.001, "median": 0.05, "p999": 0.9},
+}  # fmt: skip
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Manifest:
+    return convert_folder(write_checkpoint(tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.fixture
+def manifest(local: Manifest) -> Manifest:
+    """Of a source from the Hub."""
+    return replace(local, source=replace(local.source, id="owner/name", revision=COMMIT)).sealed()
+
+
+def metadata(manifest: Manifest, source_card: str = "") -> dict[str, Any]:
+    data = ModelCard(make_card(REPO, manifest, source_card)).data
+    assert isinstance(data, ModelCardData)
+    fields: dict[str, Any] = data.to_dict()
+    return fields
+
+
+def rows(card: str, title: str) -> list[list[str]]:
+    """The table below a heading, without its titles."""
+    section = card.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_metadata_name_the_source_and_carry_over_what_it_says_of_itself(manifest: Manifest) -> None:
+    assert metadata(manifest, SOURCE_CARD) == {
+        "base_model": "owner/name",
+        "base_model_relation": "quantized",
+        "language": ["en", "no"],
+        "library_name": "int4-convert",
+        "license": "other",
+        "license_name": "llama3.1",
+        "license_link": "LICENSE",
+        "pipeline_tag": "text-generation",
+        "tags": ["chat", "int4", "int4-convert"],
+        "extra_gated_prompt": "Say who you are",
+        "extra_gated_fields": {"Name": "text"},
+    }
+
+
+@pytest.mark.parametrize("source_card", ["", "# No YAML\n", "---\n---\n", "---\ntags: chat\n---\n"])
+def test_a_licence_that_the_source_does_not_name_is_not_invented(manifest: Manifest, source_card: str) -> None:
+    assert metadata(manifest, source_card).keys() == {"base_model", "base_model_relation", "library_name", "tags"}
+
+
+def test_a_folder_is_no_base_model(local: Manifest) -> None:
+    assert metadata(local, SOURCE_CARD).keys().isdisjoint({"base_model", "base_model_relation"})
+
+
+@pytest.mark.parametrize("source_card", ["---\na: [\n---\n", "---\n- a list\n---\n", "---\n1: 2\n---\n"])
+def test_yaml_that_cannot_be_read_is_an_error_because_a_licence_may_be_in_it(
+    manifest: Manifest, source_card: str
+) -> None:
+    with pytest.raises(CheckpointError, match="YAML cannot be read"):
+        make_card(REPO, manifest, source_card)
+
+
+def test_the_same_gives_the_same_text(manifest: Manifest, tmp_path: Path) -> None:
+    again = convert_folder(tmp_path / "source", tmp_path / "again")
+    again = replace(again, source=manifest.source).sealed()
+    assert make_card(REPO, manifest, SOURCE_CARD) == make_card(REPO, again, SOURCE_CARD)
+
+
+def test_the_card_says_how_to_load_the_repository_that_it_is_in(manifest: Manifest) -> None:
+    card = make_card(REPO, manifest, "")
+    assert f'runtime.load("{REPO}")' in card
+    assert f'from_pretrained("{REPO}", variant="i4")' in card
+
+
+def test_the_card_names_recipe_and_commit(manifest: Manifest) -> None:
+    calibration = CalibrationRecord("a" * 64, 3, 512, 0)
+    recipe = replace(manifest.recipe, include=("re:a|b",), calibration=calibration)
+    card = make_card(REPO, replace(manifest, recipe=recipe), "")
+    assert f"[owner/name](https://huggingface.co/owner/name) at commit `{COMMIT}`" in card
+    assert "- absmax, symmetric, groups of 8, by int4-convert" in card
+    assert f"- calibrated with 3 windows of 512 tokens, text `{'a' * 64}`" in card
+    assert "- included `re:a|b`" in card
+
+
+def test_sizes_and_counts_are_those_of_the_manifest(manifest: Manifest) -> None:
+    card, sizes = make_card(REPO, manifest, ""), manifest.sizes
+    assert rows(card, "Size")[1] == ["bits a weight, of 2 matrices", "16.00", f"{sizes.bits_per_weight:.2f}"]
+    assert [cells[1] for cells in rows(card, "Kept as they were")] == list(manifest.kept)
+    assert ["1", "output head", "`lm_head.weight`"] in rows(card, "Kept as they were")
+
+
+def test_the_ten_matrices_that_lost_most_are_listed_with_the_worst_first(tmp_path: Path, manifest: Manifest) -> None:
+    row = next(row for row in manifest.tensors if row.error)
+    assert row.error is not None
+    many = [replace(row, name=f"{i}.weight", error=replace(row.error, relative_mse=i / 100)) for i in range(12)]
+    found = rows(make_card(REPO, replace(manifest, tensors=tuple(many)), ""), "Errors")
+    assert [(cells[0], cells[1]) for cells in found[:2]] == [("`11.weight`", "1.10e-01"), ("`10.weight`", "1.00e-01")]
+    assert len(found) == 10
+
+
+def test_a_name_breaks_neither_table_nor_page(manifest: Manifest) -> None:
+    tensors = tuple(replace(row, name=f"a|b`<script>\n{row.name}") for row in manifest.tensors)
+    card = make_card(REPO, replace(manifest, tensors=tensors), "")
+    assert "| `a\\|b <script>\\nlm_head.weight` |\n" in card
+
+
+def test_without_figures_there_is_no_evaluation(manifest: Manifest) -> None:
+    assert "## Evaluation" not in make_card(REPO, manifest, "")
+
+
+def test_figures_of_the_checkpoint_are_shown_and_no_path_of_their_text(manifest: Manifest) -> None:
+    card = make_card(REPO, manifest, "", {**FIGURES, "checkpoint": manifest.digest})
+    assert "256 windows of 512 tokens of `novels.txt`, computed in float32 on cpu." in card
+    assert "somebody" not in card
+    assert rows(card, "Evaluation") == [
+        ["perplexity", "38.830 ± 0.500", "37.060"],
+        ["perplexity increase", "4.80% ± 0.10%", ""],
+        ["mean KL divergence, nats", "0.0760 ± 0.0010", ""],
+        ["its median and 99.9 %", "0.0500, 0.9000", ""],
+        ["same first choice", "87.00%", ""],
+    ]
+
+
+def test_figures_without_a_reference_are_a_perplexity(manifest: Manifest) -> None:
+    alone = {key: FIGURES[key] for key in ("text", "windows", "seq_len", "dtype", "device", "perplexity")}
+    card = make_card(REPO, manifest, "", {**alone, "perplexity_se": None, "checkpoint": manifest.digest})
+    assert rows(card, "Evaluation") == [["perplexity", "38.830", ""]]
+
+
+@pytest.mark.parametrize("checkpoint", ["0" * 64, None])
+def test_figures_of_another_checkpoint_are_refused(manifest: Manifest, checkpoint: str | None) -> None:
+    with pytest.raises(CheckpointError, match=r"evaluation\.json: is of another checkpoint"):
+        make_card(REPO, manifest, "", {**FIGURES, "checkpoint": checkpoint})
+
+
+@pytest.mark.parametrize("wrong", [{"perplexity": "low"}, {"kld": None}, {"windows": 1.5}, {"text": 3}])
+def test_figures_of_another_kind_are_refused(manifest: Manifest, wrong: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"evaluation\.json: is not what"):
+        make_card(REPO, manifest, "", {**FIGURES, "checkpoint": manifest.digest, **wrong})
