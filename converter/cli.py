@@ -15,7 +15,7 @@ import click
 import torch
 
 from converter.calibrate import LayerReport
-from converter.convert import convert, make_recipe
+from converter.convert import DEFAULT_GROUP_SIZE, convert, recipe_for
 from converter.engines import ENGINES
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
@@ -28,7 +28,7 @@ from formats import __version__
 from formats.command import Command, complete_folder, echo, quiet_option, run
 from formats.devices import keep_freed_memory, parse_devices, peak_memory
 from formats.errors import Int4Error, UsageError, some
-from formats.layout import MAX_SIZE, Scheme
+from formats.layout import MAX_SIZE
 from formats.manifest import CalibrationRecord, FileRecord, Manifest
 from formats.progress import Bar, bar_class
 from formats.sizes import Sizes
@@ -62,11 +62,11 @@ EXAMPLES = {
 @click.command(cls=Command, groups=GROUPS, examples=EXAMPLES)
 @click.argument("model", shell_complete=complete_folder)
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option(
-    "--group-size", default=256, metavar="N", help="Columns that share a scale: a multiple of 8, or -1 for whole rows."
-)
-@click.option("--scheme", type=click.Choice(["sym", "asym"]), default="sym", help="Without or with zero points.")
-@click.option("--method", type=click.Choice(NAMES), default=DEFAULT_METHOD, help="How scales and codes are chosen.")
+@click.option("--group-size", type=int, metavar="N", help="Columns that share a scale: a multiple of 8, or -1 for whole rows.  "
+              f"[default: {DEFAULT_GROUP_SIZE}]")  # fmt: skip
+@click.option("--scheme", type=click.Choice(["sym", "asym"]), help="Without or with zero points.  [default: sym]")
+@click.option("--method", type=click.Choice(NAMES), help="How scales and codes are chosen.  "
+              f"[default: {DEFAULT_METHOD}]")  # fmt: skip
 @click.option("--calibration", metavar="TEXT", help="A UTF-8 file, or wikitext2, to run the model on: gptq needs it.")
 @click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, metavar="N",
               help="Tokens of it, at most.")  # fmt: skip
@@ -95,9 +95,9 @@ EXAMPLES = {
 def command(
     model: str,
     out_dir: Path,
-    group_size: int,
-    scheme: str,
-    method: str,
+    group_size: int | None,
+    scheme: str | None,
+    method: str | None,
     calibration: str | None,
     calibration_tokens: int,
     seq_len: int,
@@ -119,10 +119,12 @@ def command(
 ) -> None:
     """Convert MODEL, a checkpoint folder or a Hugging Face Hub id, to packed int4 in OUT_DIR.
 
+    A model that is in int4 already (compressed-tensors, GPTQ, AWQ, MLX) is taken over as it is, in its groups.
+
     PATTERN is a glob on the name of a tensor or its module, or a regular expression after "re:".
     """
     ranks = click.get_current_context().with_resource(joined_ranks())
-    _check_options(method, calibration, low_disk=low_disk, ranks=ranks)
+    _check_options(method or DEFAULT_METHOD, calibration, low_disk=low_disk, ranks=ranks)
     _check_publishing(push_to, private=private, create_pr=create_pr, ranks=ranks)
     if target is not None and not dry_run:
         raise UsageError("--target: changes nothing of a conversion, it is asked before one; give --dry-run too")
@@ -136,7 +138,8 @@ def command(
         text = calibration_text(calibration, quiet)
         windows = drawn_windows(tokenize(source.folder, text), seq_len, max(1, calibration_tokens // seq_len), seed)
         text_record = CalibrationRecord(hashlib.sha256(text.encode()).hexdigest(), len(windows), seq_len, seed)
-    recipe = make_recipe(Scheme(group_size, symmetric=scheme == "sym"), method, include, exclude, text_record)
+    symmetric = None if scheme is None else scheme == "sym"
+    recipe = recipe_for(source, group_size, symmetric, method, include, exclude, text_record)
     plan = make_plan(source, recipe)
     if dry_run:
         _print_plan(plan, source, None if target is None else forecast(plan, target, tensor_parallel or 1), as_json)
@@ -146,7 +149,8 @@ def command(
         begun = Upload(push_to, private=private, create_pr=create_pr, quiet=quiet)
         upload = click.get_current_context().with_resource(begun)
     keep_freed_memory()
-    warm_up(plan, chosen)
+    if source.layout is None:
+        warm_up(plan, chosen)
     bar = bar_class(quiet or not ranks.leads)
     layers = bar(unit="layer", desc="calibrating", disable=windows is None)
     done = bar(total=_share_bytes(plan, ranks), unit="B", unit_scale=True, desc=source.id)

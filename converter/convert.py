@@ -13,17 +13,20 @@ from converter.calibrate import Calibration, LayerReport
 from converter.output import HASHING_THREADS, OutputDir
 from converter.plan import Plan
 from converter.prepared import PreparedLayers
+from converter.quantize import DEFAULT_METHOD
 from converter.ranks import Ranks
 from converter.shards import convert_shards
 from converter.source import Source
 from formats import __version__
 from formats.devices import room_for
+from formats.errors import UsageError, some
 from formats.files import hash_file
 from formats.layout import Scheme
 from formats.manifest import CalibrationRecord, FileRecord, Manifest, Recipe
 from formats.records import to_json
 from formats.strict_json import canonical
 
+DEFAULT_GROUP_SIZE = 256
 CONVERTER = f"int4-convert {__version__}"
 
 
@@ -36,6 +39,37 @@ def make_recipe(
 ) -> Recipe:
     """The recipe of this version of the converter."""
     return Recipe(CONVERTER, method, scheme.group_size, scheme.symmetric, include, exclude, calibration)
+
+
+def recipe_for(
+    source: Source,
+    group_size: int | None,
+    symmetric: bool | None,
+    method: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    calibration: CalibrationRecord | None,
+) -> Recipe:
+    """The recipe for `source` by the options given; one that is in int4 already is taken over as it is.
+
+    Of such a source only `symmetric` is free, which says whether zero points are stored. Raises `UsageError` for
+    options that would change its numbers.
+    """
+    layout = source.layout
+    if layout is None:
+        scheme = Scheme(DEFAULT_GROUP_SIZE if group_size is None else group_size, symmetric is not False)
+        return make_recipe(scheme, method or DEFAULT_METHOD, include, exclude, calibration)
+    size = layout.scheme.group_size
+    other_size = group_size not in (None, size)
+    given: dict[str, object] = {"--group-size": other_size, "--method": method, "--calibration": calibration}
+    given |= {"--include": include, "--exclude": exclude}
+    if changing := [option for option, value in given.items() if value]:
+        raise UsageError(
+            f"{source.id}: is in int4 already ({layout.name}, groups of {size}) and taken over as it is; leave "
+            f"{some(changing)} out, or convert the model that it was made from"
+        )
+    scheme = Scheme(size, layout.scheme.symmetric if symmetric is None else symmetric)
+    return make_recipe(scheme, f"relayout of {layout.name}", (), ())
 
 
 def convert(

@@ -24,9 +24,8 @@ from formats.files import (
     make_folder,
     publish,
     publish_bytes,
-    read_blocks,
     real_path,
-    remove,
+    remove_below,
     rename,
     whole_name,
 )
@@ -77,7 +76,7 @@ class OutputDir:
         self._records = ShardRecords(folder)
 
     def __enter__(self) -> "OutputDir":
-        self._refuse_source()
+        refuse_overlap(self.folder, self.source.folder)
         make_folder(self.folder)
         with ExitStack() as stack:
             stack.enter_context(lock(self.folder / LOCK_NAME))
@@ -171,13 +170,8 @@ class OutputDir:
     def _copy(self, name: str) -> None:
         target = self.folder / name
         make_folder(target.parent)
-        digest, size = hashlib.sha256(), 0
         with publish(target) as file:
-            for block in read_blocks(self.source.folder / name, self.source.roots):
-                file.write(block, size)
-                digest.update(block)
-                size += len(block)
-            self._claim(name, size, digest.hexdigest())
+            self._claim(name, *file.copy(self.source.folder / name, self.source.roots))
 
     def _claim(self, name: str, size: int, sha256: str) -> None:
         """Enter a side file into the journal, before it takes its name."""
@@ -188,17 +182,12 @@ class OutputDir:
         journal = Journal(self._source_record(), self.plan.recipe, tuple(self._files))
         publish_bytes(self.folder / JOURNAL_NAME, canonical(to_json(journal)))
 
-    def _refuse_source(self) -> None:
-        folder, source = real_path(self.folder), real_path(self.source.folder)
-        if folder.is_relative_to(source) or source.is_relative_to(folder):
-            raise OutputError(f"{self.folder}: is, holds or lies in the source folder {source}; choose another folder")
-
     def _ours(self) -> list[Path]:
         """Everything in the folder that this run may remove; raises `OutputError` if there is anything else."""
         try:
             files, shards = self._recorded()
             everything = {path.relative_to(self.folder).as_posix(): path for path in leaves(self.folder)}
-            found = {name: path for name, path in everything.items() if not _is_apart(name)}
+            found = {name: path for name, path in everything.items() if not is_apart(name)}
             sound = _sound(found, files)
             self._shards = self._kept(shards, sound)
         except CheckpointError as error:
@@ -265,10 +254,7 @@ class OutputDir:
         if manifest.exists():  # first: no finished-looking folder with parts missing
             rename(manifest, self.folder / JOURNAL_NAME)
         for path in ours:
-            remove(path)
-            for parent in path.relative_to(self.folder).parents[:-1]:
-                if not leaves(self.folder / parent):
-                    remove(self.folder / parent)
+            remove_below(self.folder, path)
         for record in self._shards.values():  # of one that was about to finish, only the journal had them
             self._records.write(record)
         self._records.clear(self._shards)
@@ -279,14 +265,24 @@ class OutputDir:
         copies = 1 if self.plan.recipe.calibration is None else 2  # calibration keeps its layers until the end
         kept = sum(record.file.size for record in self._shards.values())
         needed = copies * self.plan.sizes.stored_bytes - kept + side_files + self.source.staged_bytes + SPARE_BYTES
-        free = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in ours)
-        if free < needed:
-            raise OutputError(
-                f"{self.folder}: {free} bytes are free, {needed} are needed; free some, or use another disk"
-            )
+        refuse_full_disk(self.folder, needed, sum(path.stat().st_size for path in ours))
 
 
-def _is_apart(name: str) -> bool:
+def refuse_overlap(folder: Path, source: Path) -> None:
+    """Raise `OutputError` where the output would be, hold or lie in its `source`."""
+    out, source = real_path(folder), real_path(source)
+    if out.is_relative_to(source) or source.is_relative_to(out):
+        raise OutputError(f"{folder}: is, holds or lies in the source folder {source}; choose another folder")
+
+
+def refuse_full_disk(folder: Path, needed: int, reclaimed: int = 0) -> None:
+    """Raise `OutputError` if `needed` bytes do not fit beside all but the `reclaimed` ones."""
+    free = shutil.disk_usage(folder).free + reclaimed
+    if free < needed:
+        raise OutputError(f"{folder}: {free} bytes are free, {needed} are needed; free some, or use another disk")
+
+
+def is_apart(name: str) -> bool:
     """Whether `name` is hidden and not ours, as .git or .DS_Store: no part of a checkpoint, and in nobody's way."""
     return name.startswith(".") and whole_name(name) not in RECORDS
 

@@ -17,6 +17,7 @@ from converter.prepared import Prepared, PreparedLayers
 from converter.quality import error_record, sums
 from converter.quantize import METHODS
 from converter.quantize.search import search
+from converter.relayout import Relayout
 from converter.source import Source
 from formats.codec import Quantized, check_finite
 from formats.container import Entry
@@ -50,7 +51,7 @@ def convert_shard(
     digest = hashlib.sha256()
     recipe = out.plan.recipe
     tensors = {
-        plan.name: Conversion(plan, recipe, device, prepared, decoder(source, plan.name)) for plan in shard.tensors
+        source.stored_name(plan.name): conversion(source, plan, recipe, device, prepared) for plan in shard.tensors
     }
     with source.open(shard.source) as container, out.writer(shard) as writer:
         entries = container.tensors.items()
@@ -60,7 +61,7 @@ def convert_shard(
         buffers = [host_buffer(size, pinned=device.type == "cuda") for _ in range(CHUNKS)]
         with Lane() as hashing, own_stream(device):
             for chunk, (tensor, _) in zip(container.chunks(places, buffers, digest), work, strict=True):
-                if tensor is None:  # scales, which were read before
+                if tensor is None:  # scales and the like, which are read on their own
                     continue
                 try:
                     parts = list(tensor.convert(chunk))
@@ -130,7 +131,7 @@ def own_stream(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.stream(torch.cuda.Stream(device=device))  # type: ignore[no-untyped-call]
 
 
-def spans(entry: Entry, tensor: "Conversion | None") -> Iterator[tuple[int, int]]:
+def spans(entry: Entry, tensor: "Conversion | Relayout | None") -> Iterator[tuple[int, int]]:
     """The bytes of a stored tensor in chunks; nothing becomes of one without a `tensor`."""
     step = chunk_bytes(entry.spec, None if tensor is None else tensor.unit)
     for start in range(entry.start, entry.end, step):
@@ -140,6 +141,15 @@ def spans(entry: Entry, tensor: "Conversion | None") -> Iterator[tuple[int, int]
 def decoder(source: Source, name: str) -> Callable[[Tensor, int], Tensor] | None:
     """What makes rows of the model of stored rows, and the number of their first, where they differ."""
     return partial(source.fp8[name].decode, scales=source.read_scales(name)) if name in source.fp8 else None
+
+
+def conversion(
+    source: Source, plan: TensorPlan, recipe: Recipe, device: torch.device, prepared: PreparedLayers
+) -> "Conversion | Relayout":
+    """What becomes of a tensor on its way: int4 of another format is laid out anew, all else converted or copied."""
+    if plan.name in source.packed:
+        return Relayout(plan, recipe, source)
+    return Conversion(plan, recipe, device, prepared, decoder(source, plan.name))
 
 
 class Conversion:

@@ -77,12 +77,14 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     """
     everything = {name: spec for tensors in source.shards.values() for name, spec in tensors.items()}
     turned = orientations(everything, source.config)
+
+    def decide(name: str, spec: TensorSpec) -> TensorPlan:
+        if source.layout is not None:
+            return _take_over(name, spec, source, recipe)
+        return _decide(name, spec, turned.get(name, False), recipe)
+
     shards = tuple(
-        ShardPlan(
-            shard,
-            output,
-            tuple(_decide(name, spec, turned.get(name, False), recipe) for name, spec in tensors.items()),
-        )
+        ShardPlan(shard, output, tuple(decide(name, spec) for name, spec in tensors.items()))
         for (shard, tensors), output in zip(source.shards.items(), _output_names(len(source.shards)), strict=True)
     )
     plan = Plan(recipe, shards)
@@ -110,6 +112,15 @@ def _decide(name: str, spec: TensorSpec, transposed: bool | None, recipe: Recipe
     reason = f"included by {include}" if include else kind + (TURNED if transposed else "")
     matrix = spec.turned if transposed else spec
     return TensorPlan(name, spec, True, bool(transposed), reason, stored_tensors(name, matrix, recipe.scheme))
+
+
+def _take_over(name: str, spec: TensorSpec, source: Source, recipe: Recipe) -> TensorPlan:
+    """What becomes of a tensor of a source that is in int4 already: it stays what it is."""
+    if name in source.packed:
+        reason, stored = source.packed[name].reason, stored_tensors(name, spec, recipe.scheme)
+        return TensorPlan(name, spec, True, False, reason, stored)
+    reason = never_quantized(name, spec) or kept_by_default(name) or "not int4 in the source"
+    return TensorPlan(name, spec, False, False, reason, stored_tensors(name, spec, None))
 
 
 def _first_match(patterns: Sequence[str], name: str) -> str | None:

@@ -14,11 +14,14 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from converter.fp8 import BlockScaled, block_scaled, block_size
+from converter.packed import PackedMatrix, int4_layout, packed_matrices
 from converter.weights import FILES_STAGED, FolderWeights, HubWeights, Weights
 from formats.container import SUFFIX, Container
 from formats.errors import CheckpointError, Int4Warning, TemporaryError, UsageError, some
 from formats.files import link_roots, open_regular, read_small, safe_name
 from formats.hub import download, list_files
+from formats.interop import LAYOUTS
+from formats.interop.base import Layout
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
 from formats.tensors import read_tensor, tensor_from
@@ -41,8 +44,10 @@ WEIGHT_SUFFIXES = (SUFFIX, *OTHER_SUFFIXES)
 
 QUANTIZED_SUFFIXES = (
     ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point",
-    ".weight.absmax", ".weight.quant_state",
+    ".weight.absmax", ".weight.quant_state", ".weight_g_idx", ".g_idx",
 )  # fmt: skip
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # in a configuration
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # where older tools keep the same
 QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 
@@ -50,7 +55,8 @@ QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 class Source:
     """A checked checkpoint: `shards` maps each weight file to its tensors, in file order, as the model has them.
 
-    Those in `fp8` are stored otherwise, with scales, which are not listed.
+    Those in `fp8` and `packed` are stored otherwise, with scales and the like, which are not listed; the latter are in
+    int4 already, by a `layout` of another format.
     """
 
     id: str
@@ -62,6 +68,8 @@ class Source:
     side_files: tuple[str, ...]
     weights: Weights
     fp8: dict[str, BlockScaled]
+    layout: Layout | None
+    packed: dict[str, PackedMatrix]
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +93,7 @@ class Source:
         return self.weights.open(shard)
 
     def read(self, name: str) -> Tensor:
-        """A tensor as the model has it."""
+        """A tensor as the model has it; not one that is `packed`."""
         with self.open(self.shard_of[name]) as container:
             tensor = read_tensor(container, name)
         return self.fp8[name].decode(tensor, 0, self.read_scales(name)) if name in self.fp8 else tensor
@@ -105,11 +113,24 @@ class Source:
 
     def read_scales(self, name: str) -> Tensor:
         """The scales of a tensor in FP8."""
-        stored = self.fp8[name]
-        if stored.shard != self.shard_of[name]:
-            return self.weights.read(stored.shard, stored.scale)
-        with self.open(stored.shard) as container:
-            return read_tensor(container, stored.scale)
+        return self._read_beside(name, self.fp8[name].shard, self.fp8[name].scale)
+
+    def stored_name(self, name: str) -> str:
+        """The tensor of its file that is read, chunk by chunk, for the tensor `name` of the model."""
+        return self.packed[name].words if name in self.packed else name
+
+    def read_parts(self, name: str) -> dict[str, Tensor]:
+        """What stands beside the words of a matrix in int4."""
+        matrix = self.packed[name]
+        parts = {part: shard for part, (shard, _) in matrix.parts.items() if part != matrix.layout.words}
+        return {part: self._read_beside(name, shard, matrix.stored(part)) for part, shard in parts.items()}
+
+    def _read_beside(self, name: str, shard: str, stored: str) -> Tensor:
+        """The tensor `stored` in `shard`, for the tensor `name` of the model, whose own file is worked on."""
+        if shard != self.shard_of[name]:
+            return self.weights.read(shard, stored)
+        with self.open(shard) as container:
+            return read_tensor(container, stored)
 
     @cached_property
     def shard_of(self) -> dict[str, str]:
@@ -155,22 +176,36 @@ def open_source(
     if headers_only or not has_parts:
         return source
     download(model, commit, allow=[OTHER_PARTS], quiet=quiet)
-    return replace(source, side_files=tuple(_side_files(folder, source.roots)))
+    return replace(source, side_files=_copied(folder, source.roots, source.layout))
 
 
 def _read(folder: Path, name: str, commit: str | None, weights: Weights) -> Source:
     roots = link_roots(folder.resolve())
     config = _read_config(folder, roots)
     shards = _read_shards(folder, roots, weights)
-    block = block_size(config)
+    block, layout = block_size(config), _layout(config, folder)
     fp8 = {} if block is None else block_scaled(shards, block, str(folder))
-    scales = {stored.scale for stored in fp8.values()}
-    shards = {
-        shard: {n: fp8[n].meant if n in fp8 else spec for n, spec in tensors.items() if n not in scales}
+    packed = {} if layout is None else packed_matrices(shards, layout, _dtype(config), str(folder))
+    shards = _as_meant(shards, fp8, packed)
+    _refuse_quantized(folder, shards)
+    side_files = _copied(folder, roots, layout)
+    if layout is not None:
+        config = {key: value for key, value in (config or {}).items() if key not in QUANTIZATION_KEYS}
+    return Source(name, commit, folder, roots, config, shards, side_files, weights, fp8, layout, packed)
+
+
+def _as_meant(
+    shards: dict[str, dict[str, TensorSpec]], fp8: dict[str, BlockScaled], packed: dict[str, PackedMatrix]
+) -> dict[str, dict[str, TensorSpec]]:
+    """The tensors of each shard as the model has them, without those that say how they are stored."""
+    meant = {name: (name, stored.meant) for name, stored in fp8.items()}
+    meant |= {matrix.words: (name, matrix.meant) for name, matrix in packed.items()}
+    others = {stored.scale for stored in fp8.values()}
+    others |= {matrix.stored(part) for matrix in packed.values() for part in matrix.parts} - meant.keys()
+    return {
+        shard: dict(meant.get(name, (name, spec)) for name, spec in tensors.items() if name not in others)
         for shard, tensors in shards.items()
     }
-    _refuse_quantized(folder, shards)
-    return Source(name, commit, folder, roots, config, shards, tuple(_side_files(folder, roots)), weights, fp8)
 
 
 def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None:
@@ -178,21 +213,41 @@ def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None
     if not path.exists():
         return None
     config = parse_object(read_small(path, roots), str(path), constants=True)
-    if (method := _quantization(config)) and block_size(config) is None:
-        raise CheckpointError(
-            f"{path}: the model is already quantised ({method}); expected 16- or 32-bit weights, or FP8 with a "
-            "weight_block_size: convert the model that it was made from"
-        )
     return config
 
 
-def _quantization(config: dict[str, Any]) -> Any:
-    """What the configuration calls the method by which the model was quantised, if it was."""
+def _layout(config: dict[str, Any] | None, folder: Path) -> Layout | None:
+    """The int4 format of the source, if it is in one; raises `CheckpointError` for any other quantisation but FP8."""
+    if config is None or block_size(config) is not None or (found := _quantization(config)) is None:
+        return None
+    method, settings = found
+    try:
+        layout = int4_layout(method, settings)
+    except CheckpointError as error:
+        method, layout = f"{method}: {error}", None
+    if layout is None:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: the model is already quantised ({method}); expected 16- or 32-bit weights, FP8 "
+            f"with a weight_block_size, or int4 of {some([*LAYOUTS])}: convert the model that it was made from"
+        )
+    return layout
+
+
+def _quantization(config: dict[str, Any]) -> tuple[str, Any] | None:
+    """What the configuration calls the method by which the model was quantised, and its settings, if it was."""
     mlx = config.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:
-        return "MLX"
+        return "mlx", mlx
     found = config.get("quantization_config") or config.get("compression_config")
-    return found.get("quant_method", "method unknown") if isinstance(found, dict) else found
+    if not found:
+        return None
+    return str(found.get("quant_method", "method unknown") if isinstance(found, dict) else found), found
+
+
+def _dtype(config: dict[str, Any] | None) -> str:
+    """The type of the model's weights: F16 where its configuration says so, else BF16."""
+    config = config or {}
+    return "F16" if "float16" in (config.get("dtype"), config.get("torch_dtype")) else "BF16"
 
 
 def _read_index(path: Path, roots: tuple[Path, ...]) -> tuple[dict[str, str], Any]:
@@ -281,6 +336,12 @@ def _found_instead(weights: Weights) -> str:
         f"found {some(files) or 'no weight files'}. Only safetensors files of these names are read, and pickled "
         "weights are never opened: save the model again with transformers' save_pretrained"
     )
+
+
+def _copied(folder: Path, roots: tuple[Path, ...], layout: Layout | None) -> tuple[str, ...]:
+    """The side files, but for those about the quantisation of a source that is in int4 already."""
+    left_out = () if layout is None else QUANTIZATION_FILES
+    return tuple(name for name in _side_files(folder, roots) if name not in left_out)
 
 
 def _side_files(folder: Path, roots: tuple[Path, ...]) -> Iterator[str]:

@@ -137,6 +137,15 @@ class NewFile:
                 count = os.pwrite(self.fd, view, position)
                 view, position = view[count:], position + count
 
+    def copy(self, source: Path, roots: Sequence[Path] = ()) -> tuple[int, str]:
+        """Write every byte of the regular file `source`; returns their number and their SHA-256."""
+        digest, size = hashlib.sha256(), 0
+        for block in read_blocks(source, roots):
+            self.write(block, size)
+            digest.update(block)
+            size += len(block)
+        return size, digest.hexdigest()
+
     def read(self, size: int, position: int) -> bytes:
         """At most `size` of the bytes written from `position` on; raises `OutputError` where there are none."""
         with _writing(self.path):
@@ -203,6 +212,14 @@ def remove(path: Path) -> None:
             path.rmdir()
         else:
             path.unlink()
+
+
+def remove_below(folder: Path, path: Path) -> None:
+    """Remove `path`, and the folders between it and `folder` that it leaves empty; raises `OutputError`."""
+    remove(path)
+    for parent in path.relative_to(folder).parents[:-1]:
+        if not leaves(folder / parent):
+            remove(folder / parent)
 
 
 def whole_name(name: str) -> str:

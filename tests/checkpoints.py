@@ -81,9 +81,10 @@ def convert_folder(
     exclude: tuple[str, ...] = (),
     overwrite: bool = False,
     device: str = "cpu",
+    method: str = "absmax",
 ) -> Manifest:
     opened = open_source(str(source))
-    plan = make_plan(opened, make_recipe(scheme, "absmax", include, exclude))
+    plan = make_plan(opened, make_recipe(scheme, method, include, exclude))
     return convert(opened, plan, out, [torch.device(device)], overwrite=overwrite)
 
 

@@ -15,6 +15,7 @@ import torch
 from checkpoints import EXAMPLE, contents, random, write_checkpoint
 
 import converter.cli
+import converter.export_cli
 import converter.push_cli
 import formats.cli
 import runtime.cli
@@ -24,6 +25,7 @@ from formats.manifest import MANIFEST_NAME, read_manifest
 
 MAINS = {
     "int4-convert": converter.cli.main,
+    "int4-export": converter.export_cli.main,
     "int4-push": converter.push_cli.main,
     "int4-inspect": formats.cli.main,
     "int4-eval": runtime.cli.main,
@@ -95,6 +97,23 @@ def test_dry_run_lists_every_tensor_and_writes_nothing(call: Call, source: Path,
     assert "keep  lm_head.weight  BF16 [32, 24]  (output head)" in result.out
     assert "would write: 2 tensors quantised" in result.out
     assert not out.exists()
+
+
+def test_a_model_goes_to_another_format_and_back(call: Call, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", {"a.weight": random(16, 64)}, shards=1)
+    first, theirs, second = (tmp_path / name for name in ("first", "theirs", "second"))
+    assert call("int4-convert", source, first, "--group-size", 32).code == 0
+    assert call("int4-export", first, theirs, "--to", "gptq").code == 0
+    assert call("int4-convert", theirs, second, "--method", "absmax").code == 2
+    assert call("int4-convert", theirs, second, "--group-size", 32).code == 0
+    assert "relayout of gptq, symmetric, groups of 32" in call("int4-inspect", second, "--verify", "--errors").out
+    assert (first / "model.i4.safetensors").read_bytes() == (second / "model.i4.safetensors").read_bytes()
+
+
+def test_only_checkpoints_of_this_format_are_exported(call: Call, source: Path, out: Path) -> None:
+    result = call("int4-export", source, out, "--to", "awq")
+    assert (result.code, result.out, out.exists()) == (3, "", False)
+    assert "holds no manifest.json" in result.err
 
 
 def test_dry_run_json_has_the_plan(call: Call, source: Path, out: Path) -> None:

@@ -45,6 +45,14 @@ FLOORS["formats.checkpoint"] = {
     "formats.tensors", "torch",
 }  # fmt: skip
 FLOORS["formats.__main__"] = {"formats.cli"}
+INTEROP = {"formats.codec", "formats.errors", "formats.interop.base", "formats.layout", "torch"}
+FLOORS["formats.interop.base"] = INTEROP - {"formats.interop.base"}
+FLOORS["formats.interop.signs"] = {"torch"}
+FLOORS["formats.interop.groups"] = {"formats.codec", "formats.layout", "torch"}
+FLOORS |= {f"formats.interop.{name}": INTEROP for name in ("compressed_tensors", "gptq", "mlx", "proof")}
+FLOORS["formats.interop.awq"] = INTEROP | {"formats.interop.signs"}
+FLOORS["formats.interop.imported"] = INTEROP | {"formats.interop.proof", "formats.interop.signs"}
+FLOORS["formats.interop"] = {f"formats.interop.{name}" for name in ("base", "compressed_tensors", "gptq", "awq", "mlx")}
 FLOORS["formats.cli"] = {
     "formats.checkpoint", "formats.command", "formats.layout", "formats.manifest", "formats.records", "click",
 }  # fmt: skip

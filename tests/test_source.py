@@ -98,9 +98,9 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "index with duplicate keys": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'), "duplicate key 'a'"),
     "config says quantised": (
-        lambda f: add_to_config(f, quantization_config={"quant_method": "gptq"}), r"already quantised \(gptq\)"),
+        lambda f: add_to_config(f, quantization_config={"quant_method": "gptq"}), "quantised .gptq: bits is None"),
     "config says quantised by MLX": (
-        lambda f: add_to_config(f, quantization={"group_size": 64, "bits": 4}), r"already quantised \(MLX\)"),
+        lambda f: add_to_config(f, quantization={"group_size": 64, "bits": 8}), r"already quantised \(mlx: bits is 8"),
     "stale shard": (lambda f: save_file({"x": random(2)}, f / "model-00003-of-00003.safetensors"),
         "holds model-00003-of-00003.safetensors beside the weights of model.safetensors.index.json"),
     "single file beside an index": (lambda f: save_file({"x": random(2)}, f / "model.safetensors"),

@@ -1,0 +1,54 @@
+"""`int4-export`: the command line of the way out."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from converter.export import Exported, export
+from formats import __version__
+from formats.checkpoint import Checkpoint
+from formats.command import echo, run
+from formats.interop import LAYOUTS
+from formats.layout import ROW_WISE
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out_dir", type=click.Path(path_type=Path))
+@click.option("--to", required=True, type=click.Choice(sorted(LAYOUTS)), help="The layout to write.")
+@click.option("--group-size", type=int, help="Split groups into ones of this size.  [default: as they are]")
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@click.version_option(__version__)
+def command(folder: Path, out_dir: Path, to: str, group_size: int | None, quiet: bool, as_json: bool) -> None:
+    """Write the int4 checkpoint in FOLDER for other programs into OUT_DIR, a new or empty folder.
+
+    The codes stay as they are. All weights are compared with those of FOLDER, each by its own format's formula; where
+    they cannot be the same nothing is written.
+    """
+    checkpoint = Checkpoint(folder)
+    total = checkpoint.manifest.sizes.stored_bytes
+    # disable=None: a bar only where someone watches it.
+    with tqdm(total=total, unit="B", unit_scale=True, desc=to, disable=True if quiet else None) as done:
+        exported = export(checkpoint, out_dir, to, group_size, progress=done.update)
+    if as_json:
+        echo(json.dumps(dataclasses.asdict(exported)))
+    elif not quiet:
+        echo(f"{out_dir}: {_sentence(exported)}")
+
+
+def _sentence(exported: Exported) -> str:
+    groups = "one group a row" if exported.group_size == ROW_WISE else f"groups of {exported.group_size}"
+    zeros = "" if exported.signed_zeros else ", -0 as 0"
+    return (
+        f"{exported.tensors} tensors, dequantised weights identical bit for bit{zeros} (checked {exported.checked} of "
+        f"{exported.tensors}), {exported.kept} kept, {exported.nbytes / 1e6:,.1f} MB as {exported.to}, {groups}"
+    )
+
+
+def main() -> None:
+    """Entry point of `int4-export`."""
+    run(command)
