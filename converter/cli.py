@@ -62,8 +62,8 @@ EXAMPLES = {
 @click.command(cls=Command, groups=GROUPS, examples=EXAMPLES)
 @click.argument("model", shell_complete=complete_folder)
 @click.argument("out_dir", type=click.Path(path_type=Path))
-@click.option("--group-size", type=int, metavar="N", help="Columns that share a scale: a multiple of 8, or -1 for whole rows.  "
-              f"[default: {DEFAULT_GROUP_SIZE}]")  # fmt: skip
+@click.option("--group-size", type=int, metavar="N", help="Columns that share a scale: a multiple of 8, or -1 for "
+              f"whole rows.  [default: {DEFAULT_GROUP_SIZE}]")  # fmt: skip
 @click.option("--scheme", type=click.Choice(["sym", "asym"]), help="Without or with zero points.  [default: sym]")
 @click.option("--method", type=click.Choice(NAMES), help="How scales and codes are chosen.  "
               f"[default: {DEFAULT_METHOD}]")  # fmt: skip

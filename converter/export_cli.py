@@ -5,22 +5,27 @@ import json
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from converter.export import Exported, export
 from formats import __version__
 from formats.checkpoint import Checkpoint
-from formats.command import echo, run
+from formats.command import Command, complete_folder, echo, quiet_option, run
 from formats.interop import LAYOUTS
 from formats.layout import ROW_WISE
+from formats.progress import bar_class
+
+EXAMPLES = {
+    "For vLLM and SGLang": "int4-export out out-ct --to compressed-tensors --group-size 128",
+    "For mlx-lm": "int4-export out out-mlx --to mlx --group-size 64",
+}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.command(cls=Command, examples=EXAMPLES)
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), shell_complete=complete_folder)
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(sorted(LAYOUTS)), help="The layout to write.")
 @click.option("--group-size", type=int, help="Split groups into ones of this size.  [default: as they are]")
-@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+@quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.version_option(__version__)
 def command(folder: Path, out_dir: Path, to: str, group_size: int | None, quiet: bool, as_json: bool) -> None:
@@ -31,8 +36,7 @@ def command(folder: Path, out_dir: Path, to: str, group_size: int | None, quiet:
     """
     checkpoint = Checkpoint(folder)
     total = checkpoint.manifest.sizes.stored_bytes
-    # disable=None: a bar only where someone watches it.
-    with tqdm(total=total, unit="B", unit_scale=True, desc=to, disable=True if quiet else None) as done:
+    with bar_class(quiet)(total=total, unit="B", unit_scale=True, desc=to) as done:
         exported = export(checkpoint, out_dir, to, group_size, progress=done.update)
     if as_json:
         echo(json.dumps(dataclasses.asdict(exported)))

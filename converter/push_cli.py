@@ -7,15 +7,25 @@ import click
 from converter.push import Upload, published
 from formats import __version__
 from formats.checkpoint import Checkpoint
-from formats.command import echo, run
+from formats.command import Command, complete_folder, echo, quiet_option, run
+
+EXAMPLES = {
+    "Publish it": "int4-push out me/Qwen3-0.6B-int4",
+    "For yourself alone": "int4-push out me/Qwen3-0.6B-int4 --private",
+}
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.command(cls=Command, examples=EXAMPLES)
+@click.argument(
+    "folder",
+    metavar="DIR",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    shell_complete=complete_folder,
+)
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make the repository, if there is none, for yourself alone.")
 @click.option("--create-pr", is_flag=True, help="Make a pull request instead of a commit.")
-@click.option("--quiet", is_flag=True, help="No progress bars and no summary.")
+@quiet_option
 @click.version_option(__version__)
 def command(folder: Path, repo_id: str, private: bool, create_pr: bool, quiet: bool) -> None:
     """Publish the int4 checkpoint in DIR as the Hub repository REPO_ID, with a model card, in one commit.

@@ -70,7 +70,7 @@ def verdicts(plan: Plan, engine: Engine, tensor_parallel: int, group: int) -> di
     rows = Counter[str]()  # of all that is fused with a tensor
     for tensor in plan.tensors:
         if tensor.quantized:
-            rows[_fused(tensor.name)] += tensor.spec.shape[0]
+            rows[_fused(tensor.name)] += tensor.matrix.shape[-2]
     return {
         tensor.name: _verdict(tensor, plan, engine, tensor_parallel, group, rows[_fused(tensor.name)])
         for tensor in plan.tensors
@@ -80,7 +80,7 @@ def verdicts(plan: Plan, engine: Engine, tensor_parallel: int, group: int) -> di
 
 def _verdict(tensor: TensorPlan, plan: Plan, engine: Engine, gpus: int, group: int, fused_rows: int) -> Verdict:
     leaf = _parts(tensor.name)[1]
-    rows, columns = tensor.spec.shape
+    *_, rows, columns = tensor.matrix.shape
     by_columns = gpus > 1 and leaf in ROW_PARALLEL
     by_rows = gpus > 1 and not by_columns and leaf not in REPLICATED
     if by_columns and group == ROW_WISE and not engine.splits_whole_rows:

@@ -26,7 +26,7 @@ EXAMPLES = {
 }
 
 
-@click.command(cls=Command, groups={}, examples=EXAMPLES)
+@click.command(cls=Command, examples=EXAMPLES)
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.option("--verify", is_flag=True, help="Read every file and check every hash, header, shape and scale.")
 @click.option("--errors", is_flag=True, help="Print how far each quantised matrix is from its source, the worst first.")

@@ -30,11 +30,16 @@ class Command(click.Command):
     """
 
     def __init__(
-        self, name: str, *, groups: Mapping[str, Sequence[str]], examples: Mapping[str, str], **kwargs: Any
+        self,
+        name: str,
+        *,
+        examples: Mapping[str, str],
+        groups: Mapping[str, Sequence[str]] | None = None,
+        **kwargs: Any,
     ) -> None:
         settings = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": HELP_WIDTH}
         super().__init__(name, context_settings=settings, no_args_is_help=True, **kwargs)
-        self.heading_of = {name: heading for heading, names in groups.items() for name in names}
+        self.heading_of = {name: heading for heading, names in (groups or {}).items() for name in names}
         self.examples = examples
         if unknown := self.heading_of.keys() - {name for param in self.params for name in param.opts}:
             raise ValueError(f"{self.name}: groups name {sorted(unknown)}, which are no options")

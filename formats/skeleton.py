@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from formats.errors import CheckpointError, UsageError
+from formats.progress import draws_bars
 
 BUILDING = threading.RLock()  # one model at a time: `parameters_on_meta` changes torch itself
 
@@ -69,6 +70,21 @@ def import_transformers(folder: Path, otherwise: str | None = None) -> Any:
             f"({first_line(error)}); pip install 'int4-convert[hf]'" + (f", or {otherwise}" if otherwise else "")
         ) from None
     return transformers
+
+
+@contextmanager
+def transformers_bars(quiet: bool = False) -> Iterator[None]:
+    """Hide the progress bars of transformers meanwhile, `quiet` or where nobody watches them."""
+    from transformers.utils import logging
+
+    if draws_bars(quiet) or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def with_plain_attention(make: Callable[..., Any]) -> Any:

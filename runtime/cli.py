@@ -17,8 +17,8 @@ from formats.errors import CheckpointError, UsageError
 from formats.files import publish_bytes
 from formats.layout import ceil_div
 from formats.manifest import read_manifest
-from formats.progress import bar_class, draws_bars
-from formats.skeleton import first_line, with_plain_attention
+from formats.progress import bar_class
+from formats.skeleton import first_line, transformers_bars, with_plain_attention
 from formats.texts import DATASETS, load_tokenizer, read_text, tokenize, windows_of
 from runtime.evaluate import evaluate
 from runtime.integrations.lm_eval import Harness
@@ -120,7 +120,8 @@ def command(
     kind = None if dtype is None else DTYPES[dtype]
     folder = resolve(checkpoint, quiet=quiet)
     manifest = read_manifest(folder)
-    model = load(folder, device=place, dtype=kind, join=False if no_join else None, activations=activations)
+    with transformers_bars(quiet):
+        model = load(folder, device=place, dtype=kind, join=False if no_join else None, activations=activations)
     original = None if reference is None else _load_reference(reference, place, kind, quiet)
     setting = {
         "checkpoint": manifest.digest,
@@ -171,15 +172,14 @@ def _check_limits(model: Any, windows: Tensor, folder: Path) -> None:
 def _load_reference(reference: str, device: torch.device, dtype: torch.dtype | None, quiet: bool) -> nn.Module:
     import transformers
 
-    if not draws_bars(quiet):
-        transformers.utils.logging.disable_progress_bar()
     folder = resolve(reference, ignore=["*.bin", "*.pt", "*.pth"], quiet=quiet)
     load_model = partial(
         transformers.AutoModelForCausalLM.from_pretrained,
         folder, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False,
     )  # fmt: skip
     try:
-        model = with_plain_attention(load_model)
+        with transformers_bars(quiet):
+            model = with_plain_attention(load_model)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{reference}: transformers cannot load it ({first_line(error)})") from None
     with room_for(reference):

@@ -14,7 +14,14 @@ from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, Int4Error, some
 from formats.hub import download
 from formats.manifest import Manifest
-from formats.skeleton import BUILDING, architecture_of, cannot_build, read_generation_config, with_plain_attention
+from formats.skeleton import (
+    BUILDING,
+    architecture_of,
+    cannot_build,
+    read_generation_config,
+    transformers_bars,
+    with_plain_attention,
+)
 from formats.tensors import TORCH_DTYPES
 from runtime.siblings import join as join_siblings
 
@@ -66,7 +73,7 @@ def load(
             output_loading_info=True,
         )
         try:
-            with BUILDING:
+            with BUILDING, transformers_bars():
                 model, info = with_plain_attention(read)
             read_generation_config(model, folder)
         except (Int4Error, torch.OutOfMemoryError):

@@ -33,7 +33,7 @@ FLOORS: dict[str, set[str]] = {
     "formats.progress": {"tqdm"},
     "formats.hub": {"formats.errors", "formats.progress", "huggingface_hub"},
     "formats.command": {"formats.errors", "formats.progress", "click"},
-    "formats.skeleton": {"formats.errors", "torch", "transformers"},
+    "formats.skeleton": {"formats.errors", "formats.progress", "torch", "transformers"},
     "formats.texts": {"formats.errors", "formats.hub", "formats.skeleton", "torch"},
 }
 FLOORS["formats.manifest"] = {

@@ -33,7 +33,7 @@ def plan_of(
     kept: tuple[str, ...] = (),
 ) -> Plan:
     tensors = tuple(
-        TensorPlan(f"{name}.weight", TensorSpec(dtype, shape), name not in kept, "", {})
+        TensorPlan(f"{name}.weight", TensorSpec(dtype, shape), name not in kept, False, "", {})
         for name, shape in shapes.items()
     )
     return Plan(make_recipe(Scheme(group_size, symmetric), "absmax", (), ()), (ShardPlan("a", "b", tensors),))
