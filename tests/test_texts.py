@@ -49,6 +49,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_without_transformers_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
-        UsageError, match=r"its tokenizer is loaded through transformers.*pip install 'int4-convert\[hf\]'"
+        UsageError, match=r"its model and tokenizer come through transformers.*pip install 'int4-convert\[hf\]'"
     ):
         texts.tokenize(tmp_path, "words")
