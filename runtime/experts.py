@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats.codec import Quantized, dequantize
+from formats.codec import Quantized
 from formats.layout import Scheme, TensorSpec
 from formats.tensors import TORCH_DTYPES
 from runtime.linear import SUFFIXES
-from runtime.ops import int4_grouped_linear
+from runtime.ops import dequantized, int4_grouped_linear
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Int4Experts(nn.Module):
     def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
         """Ŵ of the projection `name` as `dtype`, [E, N, K], or [E, K, N] where the model means it so."""
         stack = self.int4_stacks[name]
-        weight = dequantize(self.quantized(name), stack.columns, stack.scheme, dtype)
+        weight = dequantized(self.quantized(name), stack.columns, stack.scheme, dtype)
         return weight.transpose(1, 2).contiguous() if stack.transposed else weight
 
     def quantized(self, name: str) -> Quantized:

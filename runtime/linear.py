@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats.codec import Quantized, dequantize, quantize
+from formats.codec import Quantized, quantize
 from formats.errors import UsageError
 from formats.layout import PACKED, SCALE, ZERO_POINT, Scheme, stored_tensors
 from formats.tensors import TORCH_DTYPES, spec_of
-from runtime.ops import in_format, int4_linear, linear, on_hopper
+from runtime.ops import dequantized, in_format, int4_linear, linear, on_hopper
 
 SUFFIXES = (PACKED, SCALE, ZERO_POINT)
 ACTIVATIONS = (None, "fp8")
@@ -119,7 +119,7 @@ class Int4Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ [N, K] as `dtype`."""
-        return dequantize(self.quantized, self.columns, self.scheme, dtype)
+        return dequantized(self.quantized, self.columns, self.scheme, dtype)
 
     def arrange(self) -> None:
         """Put the weight into the order of the kernels of its GPU, if they want one of their own."""

@@ -14,6 +14,9 @@ from formats.layout import Scheme
 from runtime.activations import rounded_to_fp8
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+# Tokens, and rows an expert, from which a matrix is dequantised for torch's product: measured on an H200.
+DEQUANTIZE_FROM, DEQUANTIZE_FROM_EACH = 256, 128
+UNIT = 8  # elements in the 16 bytes to which torch's products want rows aligned
 SPLIT_K_BELOW = 16  # tokens; fewer leave most of the GPU idle unless K is shared out
 FP8_TOKENS = 1024  # with fewer the bytes of the weights decide the time, and fp8 would only cost precision
 FP8_COLUMNS = 64  # of a group, at least: the tensor cores add this many before its scale comes in
@@ -65,7 +68,7 @@ def _linear_grad(
 ) -> Tensor:
     """The gradient of x [..., K]: grad [..., N] · Ŵ."""
     scheme = Scheme(group_size, symmetric=zero_point is None)
-    return grad @ dequantize(in_format(Quantized(packed, scale, zero_point), columns), columns, scheme, grad.dtype)
+    return grad @ dequantized(in_format(Quantized(packed, scale, zero_point), columns), columns, scheme, grad.dtype)
 
 
 def _fake_linear_grad(
@@ -101,14 +104,18 @@ def grouped_linear(
 ) -> Tensor:
     """x [S, K], sorted by expert · Ŵ[expert] [E, N, K]ᵀ → [S, N], in the type of x, accumulated in fp32.
 
-    `ends` [E] says behind which row of x each expert's end; rows behind the last give 0. The weights are the format's.
+    `ends` [E] says behind which row of x each expert's end, the last behind all. The weights are the format's. With
+    many rows an expert they are dequantised into memory of their own for a while: tensor cores then take them faster.
     """
     x, stack, scheme = x.contiguous(), Quantized(packed, scale, zero_point), Scheme(group_size, zero_point is None)
+    experts, outputs, _ = packed.shape
     if x.dtype in KERNEL_DTYPES and len(x) and has_triton(x.device):
+        if len(x) >= DEQUANTIZE_FROM_EACH * experts and _takes_groups(x, outputs):
+            return F.grouped_mm(x, dequantized(stack, x.shape[1], scheme, x.dtype).mT, offs=ends.to(torch.int32))
         from runtime.kernels.grouped import grouped
 
         return grouped(x, ends, stack, scheme)
-    y = x.new_zeros(len(x), packed.shape[1])
+    y = x.new_empty(len(x), outputs)
     for matrix, rows in _by_expert(ends, stack):
         y[rows] = dequantized_product(x[rows], matrix, None, scheme)
     return y
@@ -129,7 +136,7 @@ def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     scheme = Scheme(ctx.group_size, zero_point is None)
     x_grad = grad.new_zeros(len(grad), ctx.columns)
     for matrix, rows in _by_expert(ends, Quantized(packed, scale, zero_point)):
-        x_grad[rows] = grad[rows] @ dequantize(matrix, ctx.columns, scheme, grad.dtype)
+        x_grad[rows] = grad[rows] @ dequantized(matrix, ctx.columns, scheme, grad.dtype)
     return x_grad, None, None, None, None, None
 
 
@@ -166,7 +173,8 @@ def _product(x: Tensor, matrix: Quantized, bias: Tensor | None, group_size: int,
         return hopper_product(x, matrix, bias, group_size, fp8=fp8)
     quantized = in_format(matrix, x.shape[1])
     scheme = Scheme(group_size, symmetric=quantized.zero_point is None)
-    if not (x.dtype in KERNEL_DTYPES and len(x) and has_triton(x.device)):
+    many = len(x) >= DEQUANTIZE_FROM and len(quantized.packed) % UNIT == 0
+    if many or not (x.dtype in KERNEL_DTYPES and len(x) and has_triton(x.device)):
         return dequantized_product(x, quantized, bias, scheme)
     from runtime.kernels.matmul import matmul
     from runtime.kernels.splitk import splitk
@@ -188,7 +196,22 @@ def in_format(matrix: Quantized, columns: int) -> Quantized:
     return matrix
 
 
+def dequantized(quantized: Quantized, columns: int, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """Ŵ as `dtype`, [N, K] or a stack [E, N, K], by one kernel on a GPU; the bits are the codec's."""
+    if quantized.packed.numel() and has_triton(quantized.packed.device):
+        from runtime.kernels.dequantize import dequantize as by_kernel
+
+        return by_kernel(quantized, columns, scheme, dtype)
+    return dequantize(quantized, columns, scheme, dtype)
+
+
+def _takes_groups(x: Tensor, rows: int) -> bool:
+    """Whether torch's product in groups, of bf16 on a GPU of capability 8 or later, takes matrices of so many rows."""
+    sizes = x.shape[1] % UNIT == 0 and rows % UNIT == 0
+    return x.dtype == torch.bfloat16 and sizes and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
 def dequantized_product(x: Tensor, quantized: Quantized, bias: Tensor | None, scheme: Scheme) -> Tensor:
     """x [M, K] · Ŵ [N, K]ᵀ + bias [N] → [M, N] by way of the whole Ŵ in the type of x; right on every device."""
-    weight = dequantize(quantized, x.shape[1], scheme, x.dtype)
+    weight = dequantized(quantized, x.shape[1], scheme, x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))

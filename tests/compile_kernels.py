@@ -22,6 +22,8 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from converter.quantize.kernels import quantize_kernel
 from converter.quantize.kernels.sweep import TILE_ROWS, sweep_kernel
 from runtime.kernels import hopper, hopper_choice, hopper_fp8, hopper_prefill, launch
+from runtime.kernels.dequantize import dequantize_kernel
+from runtime.kernels.grouped import grouped_kernel
 from runtime.kernels.matmul import matmul_kernel
 from runtime.kernels.splitk import reduce_kernel as splitk_reduce_kernel
 from runtime.kernels.splitk import splitk_kernel
@@ -35,6 +37,7 @@ TARGETS = {
 POINTERS = {
     "w_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16", "bias_ptr": "*bf16", "packed_ptr": "*i32",
     "words_ptr": "*i32", "scale_ptr": "*bf16", "zero_ptr": "*i32", "bad_ptr": "*i32", "partial_ptr": "*fp32",
+    "ends_ptr": "*i64",
 }  # fmt: skip
 FP32 = dict.fromkeys(("wanted_ptr", "before_ptr", "pull_ptr", "scale_ptr", "zero_ptr", "lost_ptr"), "*fp32")
 ALIGNED = (*POINTERS, "N", "K", "words", "columns")  # multiples of 16 where shapes are, as Triton finds at a launch
@@ -57,6 +60,10 @@ PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "splitk": (splitk_kernel, TILE),
     "splitk asymmetric": (splitk_kernel, {**TILE, "SYMMETRIC": False}),
     "splitk reduce": (splitk_reduce_kernel, {"HAS_BIAS": True, "BLOCK": 1024}),
+    "grouped": (grouped_kernel, {**TILE, "E": 8, "EXPERTS": 8}),
+    "grouped, many rows": (grouped_kernel, {**TILE, "SYMMETRIC": False, "BLOCK_M": 64, "E": 100, "EXPERTS": 128}),
+    "dequantize": (dequantize_kernel, {"SYMMETRIC": True, "BLOCK_ROWS": 8, "BLOCK_WORDS": 64}),
+    "dequantize asymmetric": (dequantize_kernel, {"SYMMETRIC": False, "BLOCK_ROWS": 8, "BLOCK_WORDS": 64}),
     "arrange": (arrange_kernel, {"TILE": 1024}),
     "restore": (restore_kernel, {"TILE": 1024}),
 }  # fmt: skip

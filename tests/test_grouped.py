@@ -15,11 +15,11 @@ ENDS = [(5, 5, 40, 41), (0, 0, 0, 0), (64, 65, 66, 130), (0, 1, 2, 3)]  # rows o
 def operands(ends: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, device: str, rows: int, columns: int) -> tuple[
     Tensor, Tensor, codec.Quantized
 ]:  # fmt: skip
-    """x with two rows that belong to nobody, the ends, and a stack of matrices."""
+    """x, the ends, and a stack of matrices."""
     matrices = [codec.quantize(random(rows, columns, seed=e, dtype=dtype), scheme, dtype) for e in range(len(ends))]
     parts = zip(*(matrix.tensors() for matrix in matrices), strict=True)
     stack = codec.Quantized(*(torch.stack(part).to(device) for part in parts), *[None] * scheme.symmetric)
-    x = random(ends[-1] + 2, columns, seed=9, dtype=dtype) * 20
+    x = random(ends[-1], columns, seed=9, dtype=dtype) * 20
     return x.to(device), torch.tensor(ends, device=device), stack
 
 
@@ -39,7 +39,6 @@ def check(
     x, where, stack = operands(ends, scheme, dtype, device, rows, columns)
     y = product(x, where, stack)
     assert y.dtype == dtype
-    assert y[ends[-1] :].eq(0).all()
     if ends[-1]:
         assert distance(y, exact(x, where, stack, scheme)) <= TOLERANCE[dtype]
 
@@ -67,7 +66,6 @@ def test_gradients_reach_the_rows() -> None:
     (found,) = torch.autograd.grad(y.sum(), x)
     rows = exact(torch.eye(64), torch.tensor([0, 0, 64, 64]), stack, scheme)  # of the third expert: [K, N]
     assert torch.allclose(found[5:40], rows.sum(1).float().expand(35, 64), atol=1e-4)
-    assert found[41:].eq(0).all()
 
 
 def test_the_operator_is_one_for_the_compiler() -> None:

@@ -49,13 +49,13 @@ def grouped_kernel(
 def grouped(x: Tensor, ends: Tensor, stack: Quantized, scheme: Scheme) -> Tensor:
     """Contiguous x [S, K], sorted by expert · Ŵ[expert] [E, N, K]ᵀ → [S, N] in the type of x.
 
-    `ends` [E] says behind which row each expert's end; rows behind the last give 0. Nothing waits for the GPU.
+    `ends` [E] says behind which row each expert's end, the last behind all. Nothing waits for the GPU.
     """
     (size, columns), (experts, rows, _) = x.shape, stack.packed.shape
     one = Quantized(stack.packed[0], stack.scale[0], None if stack.zero_point is None else stack.zero_point[0])
     (_, _, _, *sizes), constants = weight_arguments(one, columns, scheme)
     zero_point = stack.packed if stack.zero_point is None else stack.zero_point  # unused when symmetric
-    y = x.new_zeros(size, rows)
+    y = x.new_empty(size, rows)
     block_m = min(MAX_BLOCK_M, max(16, triton.next_power_of_2(ceil_div(size, experts))))
     most = size // block_m + min(experts, size)  # every expert may have a tile that is not full
     with torch.cuda.device_of(x):  # Triton launches on the current device
