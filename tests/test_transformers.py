@@ -23,7 +23,8 @@ from runtime.experts import Int4Experts  # noqa: E402 - behind the check for tra
 from runtime.integrations.transformers import Int4Config  # noqa: E402
 
 WHOLE = {**GROUPED, "intermediate_size": 128}  # halves of it are whole groups
-MIXTRAL = {**WHOLE, "num_local_experts": 4}
+EXPERTS = {"num_local_experts": 4}
+MIXTRAL = {**WHOLE, **EXPERTS}
 
 
 def converted(tmp_path: Path, config: str = "LlamaConfig", **fields: Any) -> Path:
@@ -90,6 +91,12 @@ def test_experts_that_are_stored_one_by_one_become_stacks(tmp_path: Path) -> Non
     assert torch.allclose(logits(loaded), logits(plain), atol=1e-5)
 
 
+def test_what_is_renamed_takes_the_type_of_the_model(tmp_path: Path) -> None:
+    loaded = load(converted(tmp_path, "MixtralConfig", **MIXTRAL), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters() if parameter.is_floating_point()} == {torch.bfloat16}
+    assert torch.isfinite(logits(loaded)).all()
+
+
 def test_the_models_own_code_may_read_the_experts(tmp_path: Path) -> None:
     folder = converted(tmp_path, "MixtralConfig", **MIXTRAL)
     experts = load(folder).model.layers[0].mlp.experts
@@ -124,20 +131,22 @@ def test_gradients_pass_through_experts(tmp_path: Path) -> None:
 TENSOR_PARALLEL = """
 import os, sys, torch, runtime, transformers
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group(sys.argv[2])
+if sys.argv[3] == "cuda":
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], variant="i4", tp_plan="auto")
 layer = model.model.layers[0].self_attn.q_proj
 with torch.no_grad():
-    logits = model(torch.arange(20)[None]).logits
+    logits = model(torch.arange(20, device=sys.argv[3])[None]).logits.cpu()
 torch.save((logits, type(layer).__name__, list(layer.weight_packed.shape)), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
 """
 
 
-def two_processes(folder: Path) -> subprocess.CompletedProcess[str]:
+def two_processes(folder: Path, backend: str = "gloo", device: str = "cpu") -> subprocess.CompletedProcess[str]:
     (folder / "program.py").write_text(TENSOR_PARALLEL)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [*run, str(folder / "program.py"), str(folder)]
+    command = [*run, str(folder / "program.py"), str(folder), backend, device]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -180,3 +189,51 @@ def test_a_model_is_never_half_random(names: list[str], tmp_path: Path) -> None:
     drop(folder, *names)
     with pytest.raises(CheckpointError, match=r"q_proj|scale"):
         load(folder)
+
+
+BIG = {**WHOLE, "hidden_size": 256, "intermediate_size": 512}  # what the kernels of a GPU take
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("config", "fields"), [("LlamaConfig", BIG), ("MixtralConfig", {**BIG, **EXPERTS})])
+def test_a_gpu_has_the_logits_of_the_cpu(config: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = converted(tmp_path, config, **fields)
+    expected = logits(load(folder))
+    model = load(folder, device_map="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = model(IDS.cuda()).logits.float().cpu()
+    assert ((found - expected).norm() / expected.norm()).item() < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("config", "fields"), [("LlamaConfig", BIG), ("MixtralConfig", {**BIG, **EXPERTS})])
+def test_a_gpu_compiles_with_a_static_cache(config: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = load(converted(tmp_path, config, **fields), device_map="cuda", dtype=torch.bfloat16)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    eager = model.generate(IDS[:, :4].cuda(), **options)
+    static = model.generate(IDS[:, :4].cuda(), cache_implementation="static", **options)
+    assert eager.shape == static.shape == (1, 12)
+    assert (eager == static).float().mean() > 0.5  # near ties may fall otherwise in other kernels
+
+
+@pytest.mark.gpu
+def test_saving_from_a_gpu_writes_the_tensors_back_byte_for_byte(tmp_path: Path) -> None:
+    folder = converted(tmp_path, "MixtralConfig", **{**BIG, **EXPERTS})
+    load(folder, device_map="cuda").save_pretrained(tmp_path / "again", variant="i4")
+    before, after = stored(folder), stored(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("config", "fields"), [("LlamaConfig", BIG), ("MixtralConfig", {**BIG, **EXPERTS})])
+def test_two_gpus_hold_half_of_each_layer(config: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = converted(tmp_path, config, **fields)
+    expected = logits(load(folder))
+    done = two_processes(folder, "nccl", "cuda")
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        found, kind, _ = torch.load(folder / f"{rank}.pt")
+        assert kind == "Int4Linear"
+        assert ((found.float() - expected).norm() / expected.norm()).item() < 0.03

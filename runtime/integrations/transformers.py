@@ -4,6 +4,7 @@ The interface is that of transformers' own quantisers (`transformers/quantizers/
 quantised is read from the names in the shards; transformers' name mapping says which module each tensor is for.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,13 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
                     f"tensor {name!r} is kept, {taken[both[0]]!r} is int4, and the model fuses both into {both[0]!r}; "
                     "convert the model again with both kept, or both int4"
                 )
+        # transformers before 5.23 leaves what it renames in the type that it is stored in
+        renamed = {
+            target for name in stored if not name.endswith(SUFFIXES) for target in targets.of(name)
+        } - stored.keys()
+        held = {name: parameter.dtype for name, parameter in model.named_parameters() if name in renamed}
+        plan = model._get_dtype_plan(model.dtype)
+        self._kinds = {name: kind for name, kind in held.items() if not any(re.search(each, name) for each in plan)}
         for target, name in taken.items():
             self._hold(model, target, name, stored[name + PACKED], stored[name + SCALE])
         tied = getattr(model, "all_tied_weights_keys", {})
@@ -130,6 +138,9 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         _refuse_random(model)
+        for name, kind in self._kinds.items():
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(kind)
         hooked = False
         for path, layer in model.named_modules():
             if isinstance(layer, Int4Linear):
@@ -200,6 +211,13 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """The products are operators of torch."""
         return True
+
+
+def _kinds(model: Any, renamed: set[str]) -> dict[str, torch.dtype]:
+    """The types of the parameters in `renamed`, which transformers before 5.23 leaves in the type that is stored."""
+    plan = model._get_dtype_plan(model.dtype)  # modules that stay in fp32, by patterns
+    parameters = ((name, parameter) for name, parameter in model.named_parameters() if name in renamed)
+    return {name: held.dtype for name, held in parameters if not any(re.search(pattern, name) for pattern in plan)}
 
 
 def _is_transposed(target: str, owner: nn.Module, held: Tensor | None, packed: TensorSpec) -> bool:
