@@ -1,13 +1,14 @@
 """Which parameters of a model the tensors of an int4 checkpoint are for, by transformers' own name mapping."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from formats.container import Container
 from formats.errors import CheckpointError, some
 from formats.files import link_roots
-from formats.layout import PACKED, TensorSpec
+from formats.layout import PACKED, SCALE, TensorSpec
+from runtime.linear import SUFFIXES
 
 ROW_OPERATIONS = ("MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split")  # on whole rows or groups
 
@@ -25,9 +26,25 @@ class Targets:
         self._model = model
         self._held = model.state_dict()
 
-    def of(self, name: str) -> list[str]:
-        """The parameters that `name` goes into, there or not."""
-        return self._find(name)[0]
+    def assign(self, stored: Mapping[str, TensorSpec]) -> tuple[dict[str, str], set[str]]:
+        """Parameter → the int4 tensor that goes into it, or one of them, and the parameters that kept tensors go into.
+
+        Raises `CheckpointError` where they do not fit the model, or int4 and kept tensors would be fused into one.
+        """
+        names = sorted(name.removesuffix(PACKED) for name in stored if name.endswith(PACKED))
+        if lonely := [name for name in names if name + SCALE not in stored]:
+            raise CheckpointError(f"holds packed words without scales: {some(lonely)}; fetch the checkpoint again")
+        taken = {target: name for name in names for target in self.of_quantized(name, stored[name + PACKED])}
+        kept: set[str] = set()
+        for name in (name for name in stored if not name.endswith(SUFFIXES)):
+            targets, _ = self._find(name)
+            kept.update(targets)
+            if both := [target for target in targets if target in taken]:
+                raise CheckpointError(
+                    f"tensor {name!r} is kept, {taken[both[0]]!r} is int4, and the model fuses both into {both[0]!r}; "
+                    "convert the model again with both kept, or both int4"
+                )
+        return taken, kept
 
     def of_quantized(self, name: str, packed: TensorSpec) -> list[str]:
         """Those of an int4 tensor, a matrix or a stack of them in `packed`.

@@ -90,26 +90,8 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         self._swapped: dict[str, nn.Module] = {}  # the linear layers that int4 ones replace, by their paths
         stored = self.quantization_config.stored or stored_tensors(checkpoint_files)
-        targets = Targets(model, self)
-        names = {name.removesuffix(PACKED) for name in stored if name.endswith(PACKED)}
-        if lonely := [name for name in sorted(names) if name + SCALE not in stored]:
-            raise CheckpointError(f"holds packed words without scales: {some(lonely)}; fetch the checkpoint again")
-        taken: dict[str, str] = {}
-        for name in sorted(names):
-            taken |= dict.fromkeys(targets.of_quantized(name, stored[name + PACKED]), name)
-        for name in stored:
-            if not name.endswith(SUFFIXES) and (both := [target for target in targets.of(name) if target in taken]):
-                raise CheckpointError(
-                    f"tensor {name!r} is kept, {taken[both[0]]!r} is int4, and the model fuses both into {both[0]!r}; "
-                    "convert the model again with both kept, or both int4"
-                )
-        # transformers before 5.23 leaves what it renames in the type that it is stored in
-        renamed = {
-            target for name in stored if not name.endswith(SUFFIXES) for target in targets.of(name)
-        } - stored.keys()
-        held = {name: parameter.dtype for name, parameter in model.named_parameters() if name in renamed}
-        plan = model._get_dtype_plan(model.dtype)
-        self._kinds = {name: kind for name, kind in held.items() if not any(re.search(each, name) for each in plan)}
+        taken, kept = Targets(model, self).assign(stored)
+        self._kinds = _kinds(model, kept - stored.keys())
         for target, name in taken.items():
             self._hold(model, target, name, stored[name + PACKED], stored[name + SCALE])
         tied = getattr(model, "all_tied_weights_keys", {})
