@@ -15,10 +15,9 @@ Sizes = tuple[int, int]  # hidden, and twice the inner one
 
 def orientations(tensors: Mapping[str, TensorSpec], config: dict[str, Any] | None) -> dict[str, bool | None]:
     """Of each Conv1D and each stack of fused experts, whether it is stored [in, out]; None where nothing tells."""
-    parts = list(_parts(config or {}))
-    types = {str(part.get("model_type")) for part in parts}
+    types = model_types(config)
     found: dict[str, bool | None] = {name: True for name in tensors if is_conv1d(name, types)}
-    sizes = {pair for part in parts for pair in _sizes_in(part)}
+    sizes = {pair for part in _parts(config or {}) for pair in _sizes_in(part)}
     modules: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in tensors.items():
         if is_fused_experts(name, spec):
@@ -26,6 +25,11 @@ def orientations(tensors: Mapping[str, TensorSpec], config: dict[str, Any] | Non
     for stacks in modules.values():
         found |= dict.fromkeys(stacks, _orientation(stacks, sizes))
     return found
+
+
+def model_types(config: dict[str, Any] | None) -> tuple[str, ...]:
+    """The architectures that a configuration names, that of the whole model first."""
+    return tuple(str(part["model_type"]) for part in _parts(config or {}) if "model_type" in part)
 
 
 def _orientation(stacks: Mapping[str, TensorSpec], sizes: set[Sizes]) -> bool | None:

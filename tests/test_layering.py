@@ -49,6 +49,7 @@ INTEROP = {"formats.codec", "formats.errors", "formats.interop.base", "formats.l
 FLOORS["formats.interop.base"] = INTEROP - {"formats.interop.base"}
 FLOORS["formats.interop.signs"] = {"torch"}
 FLOORS["formats.interop.groups"] = {"formats.codec", "formats.layout", "torch"}
+FLOORS["formats.interop.experts"] = {"formats.codec"}
 FLOORS |= {f"formats.interop.{name}": INTEROP for name in ("compressed_tensors", "gptq", "mlx", "proof")}
 FLOORS["formats.interop.awq"] = INTEROP | {"formats.interop.signs"}
 FLOORS["formats.interop.imported"] = INTEROP | {"formats.interop.proof", "formats.interop.signs"}

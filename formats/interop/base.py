@@ -29,6 +29,9 @@ class Layout(ABC):
     words: ClassVar[str]  # the part that holds the codes
     optional: ClassVar[frozenset[str]] = frozenset()  # parts that a source may lack
     metadata: ClassVar[Mapping[str, str]] = {"format": "pt"}  # of its files
+    stacks: ClassVar[bool] = False  # experts are written as one tensor, not one by one
+    expert_zero_points: ClassVar[bool] = True  # programs read them
+    conv1d: ClassVar[bool] = False  # programs take a matrix in place of a Conv1D
 
     @classmethod
     def for_export(cls, scheme: Scheme) -> "Layout":

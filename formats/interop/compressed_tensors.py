@@ -29,6 +29,7 @@ class CompressedTensors(Layout):
 
     name = "compressed-tensors"
     words = PACKED
+    expert_zero_points = False  # neither the MoE kernels of vLLM and SGLang nor transformers take them
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "CompressedTensors":

@@ -33,6 +33,7 @@ class Gptq(Layout):
     name = "gptq"
     words = QWEIGHT
     optional = frozenset({G_IDX})
+    conv1d = True  # GPTQModel and optimum put their layer in its place
 
     @classmethod
     def for_export(cls, scheme: Scheme) -> "Gptq":

@@ -29,6 +29,7 @@ class Mlx(Layout):
     name = "mlx"
     words = WORDS
     metadata = {"format": "mlx"}  # noqa: RUF012 - never changed
+    stacks = True
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> "Mlx":
