@@ -41,7 +41,7 @@ POINTERS = {
 }  # fmt: skip
 FP32 = dict.fromkeys(("wanted_ptr", "before_ptr", "pull_ptr", "scale_ptr", "zero_ptr", "lost_ptr"), "*fp32")
 ALIGNED = (*POINTERS, "N", "K", "words", "columns")  # multiples of 16 where shapes are, as Triton finds at a launch
-TILE = {"SYMMETRIC": True, "ONE_SCALE": True, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_K": 128}
+TILE = {"SYMMETRIC": True, "ONE_SCALE": True, "QUADS": True, "BLOCK_N": 64, "BLOCK_M": 16, "BLOCK_K": 128}
 ABSMAX = {"SEARCH": False, "SMALLEST": 2.0**-126, "WHOLE": True}
 PORTABLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "absmax": (quantize_kernel, {**ABSMAX, "SYMMETRIC": True, "GROUPS": 8, "LANES": 4, "TURNS": 8, "CHUNKS": 1}),

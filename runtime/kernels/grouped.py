@@ -18,7 +18,7 @@ def grouped_kernel(
     x_ptr, y_ptr, ends_ptr,
     packed_ptr, scale_ptr, zero_ptr, N, K, words, groups, width, zero_rows,
     E: tl.constexpr, EXPERTS: tl.constexpr,
-    SYMMETRIC: tl.constexpr, ONE_SCALE: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ONE_SCALE: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows of one expert's W × BLOCK_M of its tokens; tiles are counted expert by expert."""
@@ -40,7 +40,7 @@ def grouped_kernel(
             x_ptr, row, token, 0, K, last,
             packed_ptr + matrix * N * words, scale_ptr + matrix * N * groups, zero_ptr + matrix * zero_rows * groups,
             N, K, words, groups, width,
-            SYMMETRIC, ONE_SCALE, BLOCK_N, BLOCK_M, BLOCK_K,
+            SYMMETRIC, ONE_SCALE, QUADS, BLOCK_N, BLOCK_M, BLOCK_K,
         )  # fmt: skip
         at = token.to(tl.int64)[None, :] * N + row[:, None]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=(token < last)[None, :] & (row < N)[:, None])

@@ -17,7 +17,7 @@ MAX_BLOCK_M = 128
 def matmul_kernel(
     x_ptr, y_ptr, bias_ptr, M,
     packed_ptr, scale_ptr, zero_ptr, N, K, words, groups, width,
-    HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, ONE_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, ONE_SCALE: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows of W × BLOCK_M tokens; neighbours share the weights in the cache."""
@@ -27,7 +27,7 @@ def matmul_kernel(
     y = tile_product(
         x_ptr, row, token, 0, K, M,
         packed_ptr, scale_ptr, zero_ptr, N, K, words, groups, width,
-        SYMMETRIC, ONE_SCALE, BLOCK_N, BLOCK_M, BLOCK_K,
+        SYMMETRIC, ONE_SCALE, QUADS, BLOCK_N, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     if HAS_BIAS:
         y += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)[:, None]

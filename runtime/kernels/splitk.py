@@ -20,7 +20,7 @@ INTERPRETED_PROCESSORS = 8
 def splitk_kernel(
     x_ptr, partial_ptr, M, steps,
     packed_ptr, scale_ptr, zero_ptr, N, K, words, groups, width,
-    SYMMETRIC: tl.constexpr, ONE_SCALE: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ONE_SCALE: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N rows × BLOCK_M tokens × `steps` blocks of K, into partial [splits, M, N] fp32."""
@@ -31,7 +31,7 @@ def splitk_kernel(
     y = tile_product(
         x_ptr, row, token, begin, tl.minimum(begin + steps * BLOCK_K, K), M,
         packed_ptr, scale_ptr, zero_ptr, N, K, words, groups, width,
-        SYMMETRIC, ONE_SCALE, BLOCK_N, BLOCK_M, BLOCK_K,
+        SYMMETRIC, ONE_SCALE, QUADS, BLOCK_N, BLOCK_M, BLOCK_K,
     )  # fmt: skip
     at = (split.to(tl.int64) * M + token)[None, :] * N + row[:, None]
     tl.store(partial_ptr + at, y, mask=(token < M)[None, :] & (row < N)[:, None])

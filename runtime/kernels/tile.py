@@ -16,17 +16,19 @@ BLOCK_K = (128, 64, 32)  # tried in this order: a tile within one group takes a 
 def tile_product(
     x_ptr, row, token, begin, end, M,
     packed_ptr, scale_ptr, zero_ptr, N, K, words, groups, width,
-    SYMMETRIC: tl.constexpr, ONE_SCALE: tl.constexpr,
+    SYMMETRIC: tl.constexpr, ONE_SCALE: tl.constexpr, QUADS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Σ Ŵ[row, k] · x[token, k] over k in [begin, end) as fp32 [BLOCK_N, BLOCK_M]; 0 outside the matrices.
 
     Weights are the left operand, so that tensor cores can take them from registers. With ONE_SCALE a step of BLOCK_K
-    columns lies in one group: codes go to the tensor cores exactly as integers, and the scale onto their sum.
+    columns lies in one group: codes go to the tensor cores exactly as integers, and the scale onto their sum. With
+    QUADS a row has a multiple of four words: said so, Triton loads 16 bytes at a time.
     """
     WORDS: tl.constexpr = BLOCK_K // 8
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    row_words = packed_ptr + row.to(tl.int64)[:, None] * words
+    pitch = words // 4 * 4 if QUADS else words
+    row_words = packed_ptr + row.to(tl.int64)[:, None] * pitch
     row_scales = scale_ptr + row.to(tl.int64) * groups
     zero_shift = (row % 8) * 4
     row_zeros = zero_ptr + (row // 8).to(tl.int64) * groups
@@ -34,7 +36,7 @@ def tile_product(
     for k in range(begin, end, BLOCK_K):
         word = k // 8 + tl.arange(0, WORDS)
         column = k + tl.arange(0, BLOCK_K)
-        packed = tl.load(row_words + word[None, :], mask=(row < N)[:, None] & (word < words)[None, :], other=0)
+        packed = tl.load(row_words + word[None, :], mask=(row < N)[:, None] & (word < pitch)[None, :], other=0)
         code = (packed[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :]) & 0xF
         code = tl.reshape(code, (BLOCK_N, BLOCK_K)) - 8
         # Columns past K meet an x of 0, whatever their code.
@@ -68,6 +70,7 @@ def weight_arguments(
     constants = {
         "SYMMETRIC": scheme.symmetric,
         "ONE_SCALE": bool(fitting),
+        "QUADS": words % 4 == 0,
         "BLOCK_K": fitting[0] if fitting else BLOCK_K[-1],
     }
     return (quantized.packed, quantized.scale, zero_point, rows, columns, words, groups, width), constants
