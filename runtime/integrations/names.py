@@ -8,6 +8,7 @@ from formats.container import Container
 from formats.errors import CheckpointError, some
 from formats.files import link_roots
 from formats.layout import PACKED, TensorSpec
+from formats.mapping import NameMapping
 
 ROW_OPERATIONS = ("MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split")  # on whole rows or groups
 
@@ -16,48 +17,30 @@ class Targets:
     """Which parameters of a model a tensor of its checkpoint is for, by transformers' own name mapping."""
 
     def __init__(self, model: Any, quantizer: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        conversions = get_model_conversion_mapping(model, None, quantizer)
-        self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in conversions if isinstance(one, WeightConverter)]
+        self._mapping = NameMapping(model, quantizer)
         self._model = model
-        self._held = model.state_dict()
 
     def of(self, name: str) -> list[str]:
         """The parameters that `name` goes into, there or not."""
-        return self._find(name)[0]
+        return list(self._mapping.find(name).targets)
 
     def of_quantized(self, name: str, packed: TensorSpec) -> list[str]:
         """Those of an int4 tensor, a matrix or a stack of them in `packed`.
 
         Raises `CheckpointError` where the model has none, or transformers would change the weight on its way.
         """
-        targets, converter = self._find(name)
+        match = self._mapping.find(name)
+        converter = match.converter
         if converter is not None and not keeps_rows(converter) and not (turns(converter) and len(packed.shape) == 3):
             operations = ", ".join(type(operation).__name__ for operation in converter.operations)
             raise CheckpointError(
                 f"tensor {name!r} is int4, and transformers changes it on the way ({operations}), which packed codes do"
                 f" not bear; convert the model again with --exclude {name!r}"
             )
-        if lacking := [target for target in targets if target not in self._held]:
+        if lacking := [target for target in match.targets if target not in self._mapping.held]:
             model = type(self._model).__name__
             raise CheckpointError(f"holds {name!r}, which {model} lacks ({some(lacking)}); is it the same model?")
-        return targets
-
-    def _find(self, name: str) -> tuple[list[str], Any]:
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self._model.base_model_prefix
-        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._held)
-        if target not in self._held and name in self._held:  # as transformers itself has it
-            target, pattern = rename_source_key(name, [], [], prefix, self._held)
-        if pattern is None:
-            return [target], None
-        converter = next(one for one in self._converters if pattern in one.source_patterns)
-        first, *others = converter.target_patterns
-        return [target, *(target.replace(first, other, 1) for other in others)], converter
+        return list(match.targets)
 
 
 def keeps_rows(converter: Any) -> bool:
