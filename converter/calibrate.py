@@ -1,38 +1,46 @@
 """Calibration: quantise decoder layers one after the other, by the inputs that a text gives them.
 
 Two streams of hidden states go through the model. One is that of the original; the other comes from the layers that are
-quantised already, because that is what the next layer will get. Of the model only one layer, twice, is in memory.
+quantised already, because that is what the next layer will get. Of the model only one layer, twice, is in memory; fused
+experts are taken apart in it, so that all that is to be quantised is rows of linear layers.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from converter.experts import same_routes, take_apart
+from converter.observe import Call, Recorder, Sums, inputs_of, shared_inputs, stages
+from converter.parts import Part, is_linear, parts_of
 from converter.plan import Plan
-from converter.prepared import Prepared, PreparedLayers
+from converter.prepared import Prepared, PreparedLayers, Rounded, assembled
 from converter.quantize import CALIBRATED
-from converter.quantize.gptq import Inputs, dampen
+from converter.quantize.gptq import Inputs
 from converter.quantize.search import search
 from converter.source import Source
 from formats.codec import dequantize
-from formats.errors import CheckpointError
+from formats.errors import CheckpointError, Int4Error
 from formats.layout import scale_dtype_for
-from formats.selection import WEIGHT
+from formats.mapping import origins
 from formats.skeleton import build, first_line
 from formats.tensors import TORCH_DTYPES
 
 BATCH_TOKENS = 4096  # in a forward pass of a layer
+GRAM_BYTES = 4 << 30  # for what is kept of the inputs of experts that are seen at once
+
+OTHERWISE = "convert it without --calibration"
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """A layer that is done: its place, its mean output error, and what went by `search`.
 
-    Those are the matrices that had too few tokens, and those that are no linear layers of torch: stacks and Conv1D.
+    Those are the matrices that had too few tokens, and those that are no linear layers of torch: Conv1D, and experts
+    that cannot be taken apart.
     """
 
     index: int
@@ -40,20 +48,6 @@ class LayerReport:
     output_error: float
     too_few: tuple[str, ...]
     other: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a layer is called with beside the hidden states; the same for every window of the same length."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """The hidden states [B, T, D] behind `layer`."""
-        found = layer(hidden, *self.args, **self.kwargs)
-        y: Tensor = found if isinstance(found, Tensor) else found[0]
-        return y
 
 
 class Calibration:
@@ -64,13 +58,13 @@ class Calibration:
         self.method = CALIBRATED[plan.recipe.method]
         self.scheme = plan.recipe.scheme
         self.device = device
-        quantized = [tensor for tensor in plan.tensors if tensor.quantized]
-        self.other = [tensor.name for tensor in quantized if len(tensor.spec.shape) != 2 or tensor.transposed]
-        matrices = {tensor.name for tensor in quantized} - set(self.other)
-        otherwise = "convert it without --calibration"
-        self.model: Any = build(source.folder, torch.float32, stored=torch.float32, otherwise=otherwise)
-        self.prefix, self.layers = decoder_layers(self.model, matrices)
-        self.matrices = {name for name in matrices if name.startswith(self.prefix)}
+        self.plans = {tensor.name: tensor for tensor in plan.tensors}
+        self.model: Any = build(source.folder, torch.float32, stored=torch.float32, otherwise=OTHERWISE)
+        self.origins = {target: origin for origin in origins(self.model, self.plans) for target in origin.targets}
+        self.prefix, self.layers = decoder_layers(self.model, {
+            target for target, origin in self.origins.items()
+            if is_linear(self.model, target) and any(self.plans[name].quantized for name in origin.names)
+        })  # fmt: skip
 
     @torch.no_grad()
     def run(self, windows: Tensor, prepared: PreparedLayers) -> Iterator[LayerReport]:
@@ -79,21 +73,21 @@ class Calibration:
         current = list(original)
         for index in range(len(self.layers)):
             layer = self.filled(index)
+            parts, other = self.parts(index, layer)
             rounded = copy.deepcopy(layer)
             matrices, too_few = prepared.read_layer(index), list[str]()
             if matrices is None:
-                matrices, too_few = self.quantized(index, layer, rounded, calls[index], original, current)
+                matrices, too_few = self.quantized(parts, layer, rounded, calls[index], original, current)
                 prepared.write_layer(index, matrices)
             else:
-                for name, matrix in matrices.items():
-                    self.replace(rounded, index, name, matrix)
+                self.replace(rounded, parts, matrices)
             layer.to(self.device)
             for i in range(len(original)):
                 original[i] = self.forward(calls[index], layer, original[i])
                 current[i] = self.forward(calls[index], rounded, current[i])
             errors = [matrix.output_error for matrix in matrices.values()]
-            other = tuple(name for name in self.other if name.startswith(f"{self.prefix}{index}."))
-            yield LayerReport(index, len(self.layers), sum(errors) / max(1, len(errors)), tuple(too_few), other)
+            mean = sum(errors) / max(1, len(errors))
+            yield LayerReport(index, len(self.layers), mean, tuple(too_few), tuple(other))
 
     def start(self, windows: Tensor) -> tuple[list[Call], list[Tensor]]:
         """How each layer is called, and the hidden states before the first, in batches on the host."""
@@ -115,7 +109,7 @@ class Calibration:
             raise
         except Exception as error:  # whatever the model's own code makes of it
             raise CheckpointError(
-                f"{self.source.folder}: cannot be calibrated ({first_line(error)}); convert it without --calibration"
+                f"{self.source.folder}: cannot be calibrated ({first_line(error)}); {OTHERWISE}"
             ) from None
         base.to("meta")
         return calls, hidden[1:]
@@ -125,20 +119,29 @@ class Calibration:
         return next((f"{name}." for name, found in self.model.named_modules() if found is module and name), "")
 
     def filled(self, index: int) -> nn.Module:
-        """A layer with the weights of the source, on the device."""
+        """A layer with the weights of the source, on the device, its experts taken apart."""
         layer = copy.deepcopy(self.layers[index])
         self.fill(layer, f"{self.prefix}{index}.")
+        take_apart(layer)
         return layer.to(self.device)
 
     def fill(self, module: nn.Module, prefix: str, outside: str | None = None) -> None:
         """Give `module`, whose names begin with `prefix`, the tensors of the source, but those that begin `outside`."""
+        values: dict[str, Tensor] = {}
         for name, place in [*module.named_parameters(), *module.named_buffers()]:
             full = prefix + name
             if outside is not None and full.startswith(outside):
                 continue
-            if full in self.source.shard_of:
+            if full not in values:
+                values |= self.values(full)
+            if full in values:
                 owner, _, leaf = name.rpartition(".")
-                value = self.source.read(full).to(place.dtype)
+                value = values.pop(full).to(place.dtype)
+                if value.shape != place.shape:
+                    raise CheckpointError(
+                        f"{self.source.folder}: its tensors make {full!r} {list(value.shape)}, which its model expects "
+                        f"{list(place.shape)}; are some experts missing? {OTHERWISE}"
+                    )
                 kind = nn.Parameter(value, requires_grad=False) if isinstance(place, nn.Parameter) else value
                 setattr(module.get_submodule(owner), leaf, kind)
             elif place.is_meta:
@@ -146,9 +149,32 @@ class Calibration:
                     f"{self.source.folder}: lacks {full!r}, which its model has; cannot be calibrated"
                 )
 
+    def values(self, target: str) -> dict[str, Tensor]:
+        """The parameter `target` of the model and those that come with it, where the source has them."""
+        origin = self.origins.get(target)
+        try:
+            return {} if origin is None else origin.tensors(self.model, self.source.read)
+        except Int4Error:
+            raise
+        except Exception as error:  # whatever transformers makes of it
+            raise CheckpointError(
+                f"{self.source.folder}: transformers cannot make {target!r} of its tensors ({first_line(error)}); "
+                f"{OTHERWISE}"
+            ) from None
+
+    def parts(self, index: int, layer: nn.Module) -> tuple[dict[str, list[Part]], list[str]]:
+        """What is to be quantised of the linear layers in `layer`, and the tensors that are nothing of the kind."""
+        prefix = f"{self.prefix}{index}."
+        inside = [origin for target, origin in self.origins.items()
+                  if target.startswith(prefix) and target == origin.targets[0]]  # fmt: skip
+        parts = parts_of(layer, prefix, inside, self.plans, self.source)
+        reached = {part.source for found in parts.values() for part in found}
+        names = {name for origin in inside for name in origin.names if self.plans[name].quantized}
+        return parts, sorted(names - reached)
+
     def quantized(
         self,
-        index: int,
+        parts: dict[str, list[Part]],
         layer: nn.Module,
         rounded: nn.Module,
         call: Call,
@@ -159,56 +185,67 @@ class Calibration:
 
         `rounded` takes each as it is done, so that those behind it see its errors.
         """
-        prefix = f"{self.prefix}{index}."
-        linears = {name: module for name, module in rounded.named_modules()
-                   if isinstance(module, nn.Linear) and f"{prefix}{name}{WEIGHT}" in self.matrices}  # fmt: skip
-        done: dict[str, Prepared] = {}
+        linears: dict[str, Any] = {name: rounded.get_submodule(name) for name in parts}
+        done: dict[str, dict[int | None, Rounded]] = {}
         too_few: list[str] = []
-        for names in shared_inputs(rounded, linears, call, current[0][:1].to(self.device)):
-            inputs = self.inputs(names[0], layer, rounded, call, original, current)
-            for name in names:
-                full = f"{prefix}{name}{WEIGHT}"
-                weight = linears[name].weight.data
-                spec = self.source.shards[self.source.shard_of[full]][full]
-                scale_dtype = TORCH_DTYPES[scale_dtype_for(spec.dtype)]
-                if inputs.tokens < weight.shape[1]:
-                    too_few.append(full)
-                    found = search(weight, self.scheme, scale_dtype)
-                else:
-                    found = self.method(weight, inputs, self.scheme, scale_dtype)
-                values = dequantize(found, weight.shape[1], self.scheme)
-                size = inputs.loss(weight).sum()
-                error = (inputs.loss(values - weight).sum() / size).item() if size else 0.0
-                done[full] = Prepared(found, error)
-                linears[name].weight.data = values
-        return done, too_few
+        groups = shared_inputs(rounded, linears, call, current[0][:1].to(self.device))
+        for stage in stages(rounded, groups, GRAM_BYTES):
+            gathered = self.inputs([names[0] for names in stage], layer, rounded, call, original, current)
+            for names in stage:
+                inputs = gathered.pop(names[0])
+                for name in names:
+                    for part in parts[name]:
+                        rows = self.round(linears[name], part, inputs)
+                        done.setdefault(part.source, {})[part.number] = rows
+                        if inputs.tokens < linears[name].in_features:
+                            too_few.append(part.name)
+        return {name: assembled(matrices) for name, matrices in done.items()}, too_few
+
+    def round(self, linear: nn.Linear, part: Part, inputs: Inputs) -> Rounded:
+        """Quantise a part of `linear`, which takes its new values."""
+        weight = linear.weight.data[part.rows]
+        scale_dtype = TORCH_DTYPES[scale_dtype_for(self.plans[part.source].spec.dtype)]
+        if inputs.tokens < weight.shape[1]:
+            found = search(weight, self.scheme, scale_dtype)
+        else:
+            found = self.method(weight, inputs, self.scheme, scale_dtype)
+        values = dequantize(found, weight.shape[1], self.scheme)
+        size, lost = (inputs.tokens * inputs.loss(rows).sum().item() for rows in (weight, values - weight))
+        linear.weight.data[part.rows] = values
+        return Rounded(found, lost, size)
 
     def inputs(
-        self, name: str, layer: nn.Module, rounded: nn.Module, call: Call, original: list[Tensor], current: list[Tensor]
-    ) -> Inputs:
-        """What comes into the linear layer `name` of the original and of the rounded layer."""
-        layer.to(self.device)
-        columns: Any = rounded.get_submodule(name).in_features
-        gram = torch.zeros(columns, columns, device=self.device)
-        drift: Tensor | None = torch.zeros_like(gram)
-        tokens = 0
-        for before, now in zip(original, current, strict=True):
-            x = input_of(layer, name, call, before.to(self.device))
-            seen = input_of(rounded, name, call, now.to(self.device))
-            gram.addmm_(seen.T, seen)
-            if drift is not None:  # experts may be given other tokens: nothing to compare then
-                drift = drift.addmm_((x - seen).T, seen) if x.shape == seen.shape else None
-            tokens += len(seen)
-        layer.to("cpu")  # room for what rounds
-        for matrix in (gram, drift):
-            if matrix is not None:
-                matrix /= max(1, tokens)
-        return Inputs(gram, dampen(gram) if tokens >= columns else 0.0, drift, tokens)
+        self,
+        names: Sequence[str],
+        layer: nn.Module,
+        rounded: nn.Module,
+        call: Call,
+        original: list[Tensor],
+        current: list[Tensor],
+    ) -> dict[str, Inputs]:
+        """What comes into the linear layers `names` of the original and of the rounded layer.
 
-    def replace(self, rounded: nn.Module, index: int, full: str, matrix: Prepared) -> None:
-        """Put the rounded values in the place of a weight."""
-        linear: Any = rounded.get_submodule(full.removeprefix(f"{self.prefix}{index}.").removesuffix(WEIGHT))
-        linear.weight.data = dequantize(matrix.quantized, linear.in_features, self.scheme).to(self.device)
+        Experts of the original get the tokens that those of the rounded layer get, so that they can be compared.
+        """
+        layer.to(self.device)
+        columns: dict[str, Any] = {name: rounded.get_submodule(name).in_features for name in names}
+        sums = {name: Sums(columns[name], self.device) for name in names}
+        for before, now in zip(original, current, strict=True):
+            seen = inputs_of(rounded, names, call, now.to(self.device))
+            with same_routes(layer, rounded):
+                meant = inputs_of(layer, names, call, before.to(self.device))
+            for name in names:
+                sums[name].add(meant[name], seen[name])
+        layer.to("cpu")  # room for what rounds
+        return {name: sums.pop(name).means() for name in names}
+
+    def replace(self, rounded: nn.Module, parts: dict[str, list[Part]], matrices: dict[str, Prepared]) -> None:
+        """Put the rounded values of `matrices` in the place of weights."""
+        for name, found in parts.items():
+            linear: Any = rounded.get_submodule(name)
+            for part in found:
+                matrix = matrices[part.source].matrix(part.number)
+                linear.weight.data[part.rows] = dequantize(matrix, linear.in_features, self.scheme).to(self.device)
 
     def forward(self, call: Call, layer: nn.Module, hidden: Tensor) -> Tensor:
         """One batch through one layer; on the host before and after."""
@@ -225,69 +262,6 @@ def decoder_layers(model: nn.Module, matrices: set[str]) -> tuple[str, nn.Module
     prefix = max(held, key=lambda name: held[name], default=None)
     if prefix is None or not held[prefix]:
         raise CheckpointError(
-            f"{type(model).__name__}: has no list of layers that holds the linear layers to quantise; "
-            "convert it without --calibration"
+            f"{type(model).__name__}: has no list of layers that holds the linear layers to quantise; {OTHERWISE}"
         )
     return prefix, lists[prefix]
-
-
-class Recorder(nn.Module):
-    """In the place of a layer: keeps what it is called with, and gives the hidden states back."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["layer"] = layer  # no submodule: its weights stay where they are
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The hidden states as they came."""
-        self.__dict__.update(hidden=hidden, args=args, kwargs=kwargs)
-        return hidden
-
-
-class _Reached(Exception):  # noqa: N818 - no error: the way out of a layer
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.x = x
-
-
-def input_of(layer: nn.Module, name: str, call: Call, hidden: Tensor) -> Tensor:
-    """What comes into the module `name` of `layer`, as rows of tokens; none where it is not called."""
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _Reached(args[0])
-
-    linear: Any = layer.get_submodule(name)
-    handle = linear.register_forward_pre_hook(stop)
-    try:
-        call(layer, hidden)
-    except _Reached as reached:
-        return reached.x.flatten(0, -2)
-    finally:
-        handle.remove()
-    return hidden.new_empty(0, linear.in_features)
-
-
-def shared_inputs(layer: nn.Module, linears: dict[str, nn.Linear], call: Call, hidden: Tensor) -> list[list[str]]:
-    """The names of `linears` as they are called, those with the same input together; last those not called."""
-    seen: list[tuple[Tensor, list[str]]] = []
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if seen and seen[-1][0] is args[0]:
-                seen[-1][1].append(name)
-            else:
-                seen.append((args[0], [name]))
-
-        return hook
-
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
-    try:
-        call(layer, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    called = [names for _, names in seen]
-    return called + [[name] for name in linears if not any(name in names for names in called)]

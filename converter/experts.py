@@ -1,44 +1,91 @@
-"""What other programs call the experts of a model: data, looked up in their code.
+"""Fused experts of transformers taken apart into linear layers, so that calibration sees what comes into each."""
 
-Models of transformers hold experts fused; most checkpoints have them one by one, and so has what engines read in int4.
-In transformers 5.23 `conversion_mapping.py` fuses them again (of Llama-4 `quantizers/base.py` splits the model); vLLM's
-`model_executor/models` take experts one by one of Qwen3-VL-MoE and Gemma-4 too, if they are quantised. mlx-lm 0.32 has
-them stacked, under the names that `sanitize` of its models makes.
-"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import torch
+from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Experts:
-    """The names of experts that a model has as `experts.gate_up_proj` and `experts.down_proj`."""
-
-    stacked: str | None = None  # mlx-lm's module in place of `experts`, if it has one
-    leaves: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    block: tuple[str, str] | None = None  # what stands around them: in models, in checkpoints
-
-    def renamed(self, name: str) -> str:
-        """What checkpoints call the tensor `name` of a model."""
-        return name.replace(*self.block) if self.block else name
+class Projection(nn.ModuleList):
+    """The linear layers that a projection is, one an expert: none of them waits for another."""
 
 
-ARCHITECTURES = {
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "glm4_moe", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe"),
-        Experts("switch_mlp"),
-    ),
-    **dict.fromkeys(
-        ("gemma4", "gemma4_text", "llama4_text", "qwen3_5_moe_text", "qwen3_next", "qwen3_vl_moe"), Experts()
-    ),
-    "llama4": Experts("experts"),
-    "mixtral": Experts("switch_mlp", ("w1", "w3", "w2"), (".mlp.", ".block_sparse_moe.")),
-}
+class LinearExperts(nn.Module):
+    """What a module of `fused` experts does, by linear layers; of that module there is left what they have between.
 
-# Of these mlx-lm stacks experts that stand one by one in int4; of others the words alone, and then it stops.
-JOINED = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe"})
+    It describes itself as transformers' `use_experts_implementation` has it. `routes` int64 [M, chosen] are the experts
+    that each token went to last; `forced`, where given, takes the place of what the router says.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        super().__init__()
+        self.first = first_projection(fused)
+        for name in (self.first, "down_proj"):
+            self.add_module(name, projection(fused, name))
+        self.between = fused
+        self.routes: Tensor | None = None
+        self.forced: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Σ over the chosen experts e of weight[e] · expert e(x): x [M, K], index and weights [M, chosen] → [M, K]."""
+        self.routes = top_k_index if self.forced is None else self.forced
+        into: Any = self.get_submodule(self.first)
+        out: Any = self.down_proj
+        between: Any = self.between
+        y = torch.zeros_like(hidden_states)
+        for expert in range(len(into)):
+            tokens, choice = torch.where(self.routes == expert)
+            x = into[expert](hidden_states[tokens])
+            x = out[expert](between._apply_gate(x) if between.has_gate else between.act_fn(x))
+            if getattr(between, "has_post_expert_norm", False):
+                x = between.post_expert_norm(x)
+            y.index_add_(0, tokens, (x * top_k_weights[tokens, choice, None]).to(y.dtype))
+        return y
 
 
-def experts_of(model_types: Sequence[str]) -> Experts | None:
-    """The names of experts in a model of these types, that of the whole model first; None where they are not known."""
-    return next((ARCHITECTURES[name] for name in model_types if name in ARCHITECTURES), None)
+def first_projection(fused: Any) -> str:
+    """The name of what the input of experts comes into."""
+    return "gate_up_proj" if getattr(fused, "has_gate", True) else "up_proj"
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `module` is one of experts that can be taken apart."""
+    held = module._parameters
+    stacks = [held.get(name) for name in (first_projection(module), "down_proj")]
+    return hasattr(module, "is_transposed") and all(stack is not None and stack.dim() == 3 for stack in stacks)
+
+
+def take_apart(layer: nn.Module) -> None:
+    """Put `LinearExperts` in the place of all fused experts of `layer`."""
+    for name, module in list(layer.named_modules()):
+        if name and is_fused(module):
+            layer.set_submodule(name, LinearExperts(module))
+
+
+def projection(fused: Any, name: str) -> Projection:
+    """The linear layers of the stack `name`, [E, N, K] or [E, K, N], which `fused` is left without."""
+    weights, biases = fused._parameters.pop(name).data, fused._parameters.pop(f"{name}_bias", None)
+    if fused.is_transposed:
+        weights = weights.mT.contiguous()
+    _, rows, columns = weights.shape
+    layers = [nn.Linear(columns, rows, bias=biases is not None, device="meta") for _ in weights]
+    for i, layer in enumerate(layers):
+        layer.weight = nn.Parameter(weights[i], requires_grad=False)
+        if biases is not None:
+            layer.bias = nn.Parameter(biases.data[i], requires_grad=False)
+    return Projection(layers)
+
+
+@contextmanager
+def same_routes(layer: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Inside, each expert of `layer` gets the tokens that the same expert of `other` got last."""
+    mine, theirs = ([m for m in one.modules() if isinstance(m, LinearExperts)] for one in (layer, other))
+    for experts, leading in zip(mine, theirs, strict=True):
+        experts.forced = leading.routes
+    try:
+        yield
+    finally:
+        for experts in mine:
+            experts.forced = None

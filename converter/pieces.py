@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converter.experts import JOINED, Experts, experts_of
+from converter.expert_names import JOINED, Experts, experts_of
 from formats.codec import Quantized
 from formats.interop.base import Layout
 from formats.interop.experts import cut, expert

@@ -19,10 +19,31 @@ OURS = re.compile(rf"layer-\d{{5}}{re.escape(SUFFIX)}")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A matrix that calibration has quantised; `output_error` is that of `ErrorRecord`."""
+    """A matrix that calibration has quantised, or a stack; `output_error` is that of `ErrorRecord`."""
 
     quantized: Quantized
     output_error: float
+
+    def matrix(self, number: int | None) -> Quantized:
+        """The matrix, or the one of that `number` in a stack."""
+        return self.quantized if number is None else self.quantized.matrix(number)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix on its way to be `Prepared`: what it `lost` and its `size`, squared outputs summed over all tokens."""
+
+    quantized: Quantized
+    lost: float
+    size: float
+
+
+def assembled(matrices: Mapping[int | None, Rounded]) -> Prepared:
+    """A matrix that has no number, or the stack of those that have one."""
+    found = [matrices[number] for number in sorted(matrices, key=lambda number: number or 0)]
+    lost, size = sum(one.lost for one in found), sum(one.size for one in found)
+    quantized = found[0].quantized if None in matrices else Quantized.stacked([one.quantized for one in found])
+    return Prepared(quantized, lost / size if size else 0.0)
 
 
 class PreparedLayers:

@@ -5,6 +5,7 @@ N = rows, K = columns, G = groups in a row (see SPEC.md). Where [N, K] stands, a
 of its matrices is as it would be alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,29 @@ class Quantized:
         """The tensors in the order of `Scheme.stored`."""
         return [t for t in (self.packed, self.scale, self.zero_point) if t is not None]
 
+    @classmethod
+    def stacked(cls, matrices: Sequence["Quantized"]) -> "Quantized":
+        """A stack of matrices that are all alike."""
+        parts = [torch.stack(tensors) for tensors in zip(*(one.tensors() for one in matrices), strict=True)]
+        return cls(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
+
+    def matrix(self, number: int) -> "Quantized":
+        """One matrix of a stack."""
+        zero = self.zero_point
+        return Quantized(self.packed[number], self.scale[number], None if zero is None else zero[number])
+
     def rows(self, start: int, end: int, device: torch.device) -> "Quantized":
-        """The rows from `start`, a multiple of 8, to `end`, on `device`."""
+        """The rows from `start`, a multiple of 8, to `end`, on `device`.
+
+        Those of a stack are counted through it: of one matrix, whose first may then be `start`, or of several where
+        each has a multiple of 8.
+        """
+        if self.packed.dim() == 3:
+            height = self.packed.shape[1]
+            if height % CODES_PER_WORD:
+                return self.matrix(start // height).rows(start % height, start % height + end - start, device)
+            parts = [tensor.flatten(0, 1) for tensor in self.tensors()]
+            return Quantized(parts[0], parts[1], parts[2] if len(parts) > 2 else None).rows(start, end, device)
         zero = self.zero_point
         return Quantized(
             self.packed[start:end].to(device),

@@ -15,9 +15,10 @@ from checkpoints import EXAMPLE, contents, stored, write_checkpoint
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from converter.calibrate import Calibration, LayerReport, Recorder, decoder_layers, input_of, shared_inputs
+from converter.calibrate import Calibration, LayerReport, decoder_layers
 from converter.cli import command
 from converter.convert import convert, make_recipe
+from converter.observe import Recorder, inputs_of, shared_inputs
 from converter.plan import Plan, make_plan
 from converter.prepared import FOLDER_NAME, PreparedLayers
 from converter.source import Source, open_source
@@ -213,8 +214,9 @@ def test_layers_with_the_same_input_come_together_in_their_order() -> None:
 
 def test_the_input_of_a_layer_is_rows_of_tokens() -> None:
     layer, hidden = Layer(), torch.randn(2, 3, 4)
-    assert torch.equal(input_of(layer, "up", plain_call, hidden), hidden.view(6, 4))  # type: ignore[arg-type]
-    assert input_of(layer, "unused", plain_call, hidden).shape == (0, 4)  # type: ignore[arg-type]
+    found = inputs_of(layer, ["up", "unused"], plain_call, hidden)  # type: ignore[arg-type]
+    assert torch.equal(found["up"], hidden.view(6, 4))
+    assert found["unused"].shape == (0, 4)
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
@@ -236,15 +238,16 @@ def random_source(folder: Path, config: str, fields: dict[str, int]) -> Source:
     return open_source(str(folder))
 
 
-def test_stacks_go_by_search_and_are_named(tmp_path: Path) -> None:
+def test_stacks_that_cannot_be_taken_apart_go_by_search_and_are_named(tmp_path: Path) -> None:
     fields = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4}  # fmt: skip
-    source = random_source(tmp_path / "source", "GptOssConfig", fields)
+              "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
+              "intermediate_size_mlp": 96}  # fmt: skip
+    source = random_source(tmp_path / "source", "Llama4TextConfig", fields)
     reports: list[LayerReport] = []
     tokens = torch.arange(8 * 32).view(8, 32) % 64
     manifest = convert(source, plan_of(source), tmp_path / "out", [torch.device("cpu")], windows=tokens,
                        calibrated=reports.append)  # fmt: skip
-    stacks = [f"model.layers.{i}.mlp.experts.{leaf}_proj" for i in range(2) for leaf in ("down", "gate_up")]
+    stacks = [f"model.layers.{i}.feed_forward.experts.{leaf}_proj" for i in range(2) for leaf in ("down", "gate_up")]
     assert [name for report in reports for name in report.other] == stacks
     assert errors_of(manifest).keys() == {row.name for row in manifest.tensors if row.quantized} - set(stacks)
     plain = make_plan(source, make_recipe(Scheme(64), "search", (), ()))

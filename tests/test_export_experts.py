@@ -12,7 +12,7 @@ from test_architectures import GPT2, GROUPED, IDS, MOE, random_model
 from test_export import by_awq, by_gptq, by_mlx, exported, parts_of, settings, weights
 from torch import Tensor
 
-from converter.experts import ARCHITECTURES
+from converter.expert_names import ARCHITECTURES
 from converter.export import export
 from formats.checkpoint import Checkpoint
 from formats.codec import Quantized, dequantize, quantize

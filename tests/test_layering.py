@@ -34,6 +34,7 @@ FLOORS: dict[str, set[str]] = {
     "formats.hub": {"formats.errors", "formats.progress", "huggingface_hub"},
     "formats.command": {"formats.errors", "formats.progress", "click"},
     "formats.skeleton": {"formats.errors", "formats.progress", "torch", "transformers"},
+    "formats.mapping": {"torch", "transformers"},
     "formats.texts": {"formats.errors", "formats.hub", "formats.skeleton", "torch"},
 }
 FLOORS["formats.manifest"] = {

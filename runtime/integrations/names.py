@@ -8,6 +8,7 @@ from formats.container import Container
 from formats.errors import CheckpointError, some
 from formats.files import link_roots
 from formats.layout import PACKED, SCALE, TensorSpec
+from formats.mapping import NameMapping
 from runtime.linear import SUFFIXES
 
 ROW_OPERATIONS = ("MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split")  # on whole rows or groups
@@ -17,14 +18,8 @@ class Targets:
     """Which parameters of a model a tensor of its checkpoint is for, by transformers' own name mapping."""
 
     def __init__(self, model: Any, quantizer: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        conversions = get_model_conversion_mapping(model, None, quantizer)
-        self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-        self._converters = [one for one in conversions if isinstance(one, WeightConverter)]
+        self._mapping = NameMapping(model, quantizer)
         self._model = model
-        self._held = model.state_dict()
 
     def assign(self, stored: Mapping[str, TensorSpec]) -> tuple[dict[str, str], set[str]]:
         """Parameter → the int4 tensor that goes into it, or one of them, and the parameters that kept tensors go into.
@@ -37,7 +32,7 @@ class Targets:
         taken = {target: name for name in names for target in self.of_quantized(name, stored[name + PACKED])}
         kept: set[str] = set()
         for name in (name for name in stored if not name.endswith(SUFFIXES)):
-            targets, _ = self._find(name)
+            targets = self._mapping.find(name).targets
             kept.update(targets)
             if both := [target for target in targets if target in taken]:
                 raise CheckpointError(
@@ -51,30 +46,18 @@ class Targets:
 
         Raises `CheckpointError` where the model has none, or transformers would change the weight on its way.
         """
-        targets, converter = self._find(name)
+        match = self._mapping.find(name)
+        converter = match.converter
         if converter is not None and not keeps_rows(converter) and not (turns(converter) and len(packed.shape) == 3):
             operations = ", ".join(type(operation).__name__ for operation in converter.operations)
             raise CheckpointError(
                 f"tensor {name!r} is int4, and transformers changes it on the way ({operations}), which packed codes do"
                 f" not bear; convert the model again with --exclude {name!r}"
             )
-        if lacking := [target for target in targets if target not in self._held]:
+        if lacking := [target for target in match.targets if target not in self._mapping.held]:
             model = type(self._model).__name__
             raise CheckpointError(f"holds {name!r}, which {model} lacks ({some(lacking)}); is it the same model?")
-        return targets
-
-    def _find(self, name: str) -> tuple[list[str], Any]:
-        from transformers.core_model_loading import rename_source_key
-
-        prefix = self._model.base_model_prefix
-        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._held)
-        if target not in self._held and name in self._held:  # as transformers itself has it
-            target, pattern = rename_source_key(name, [], [], prefix, self._held)
-        if pattern is None:
-            return [target], None
-        converter = next(one for one in self._converters if pattern in one.source_patterns)
-        first, *others = converter.target_patterns
-        return [target, *(target.replace(first, other, 1) for other in others)], converter
+        return list(match.targets)
 
 
 def keeps_rows(converter: Any) -> bool:
