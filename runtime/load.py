@@ -13,7 +13,7 @@ from formats.checkpoint import Checkpoint, StoredTensor
 from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, Int4Error, some
 from formats.hub import download
-from formats.manifest import Manifest
+from formats.manifest import Manifest, quantization_config
 from formats.skeleton import (
     BUILDING,
     architecture_of,
@@ -58,7 +58,7 @@ def load(
     room = room_for(f"{folder}, {checkpoint.manifest.sizes.stored_bytes / 1e6:,.0f} MB")
     with room, checkpoint.opened(verify, place if by_map else None) as stored:
         config.quantization_config = {
-            **config.quantization_config,
+            **quantization_config(checkpoint.manifest.recipe.scheme),
             "stored": {name: tensor.spec for name, tensor in stored.items()},
             "activations": activations,
             "join": False,  # below, once they have their place
