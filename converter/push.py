@@ -12,7 +12,7 @@ from converter.card import make_card
 from converter.source import MODEL_FILE
 from formats.errors import CheckpointError, HubError, Int4Error, UsageError, some
 from formats.files import link_roots, read_small
-from formats.hub import RemoteFile, fetch, hub_errors, library_bars, list_files
+from formats.hub import RemoteFile, fetch, hub_bars, hub_errors, list_files
 from formats.manifest import CARD_NAME, EVALUATION_NAME, MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from formats.strict_json import parse_object
 
@@ -99,7 +99,7 @@ class Upload:
         stale = [CommitOperationDelete(name) for name in sorted((self._listed(head) & head.files.keys()) - names)]
         if not files and not new and not stale:
             return None
-        with hub_errors(self.repo_id, uploading=True), library_bars(not self._quiet):
+        with hub_errors(self.repo_id, uploading=True), hub_bars(self._quiet):
             done = self._api.create_commit(
                 self.repo_id,
                 [*self._send_rest(folder, files), *new, *stale],
@@ -124,7 +124,7 @@ class Upload:
     def _send(self, file: FileRecord, path: Path) -> None:
         from huggingface_hub import CommitOperationAdd
 
-        with hub_errors(self.repo_id, uploading=True), library_bars(False):
+        with hub_errors(self.repo_id, uploading=True), hub_bars(quiet=True):
             addition = CommitOperationAdd(file.name, path)
             self._api.preupload_lfs_files(self.repo_id, [addition], create_pr=self._create_pr, free_memory=False)
             self._sent[file] = addition
