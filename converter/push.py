@@ -182,7 +182,8 @@ def card_of(folder: Path, manifest: Manifest, repo_id: str) -> bytes:
     `folder`. One that somebody has written since goes as it is. Raises `CheckpointError`.
     """
     path, roots = folder / CARD_NAME, link_roots(folder)
-    copied = next((file for file in manifest.files if file.name == CARD_NAME), None)
+    listed = {file.name: file for file in manifest.files}
+    copied = listed.get(CARD_NAME)
     found = read_small(path, roots) if path.exists() else None
     if found is None and copied is not None:
         raise CheckpointError(f"{path}: is gone, which named the licence of the source; put it back, or your own there")
@@ -193,7 +194,8 @@ def card_of(folder: Path, manifest: Manifest, repo_id: str) -> bytes:
     if found is not None and _record(CARD_NAME, found) != copied:
         return text.encode()
     figures = folder / EVALUATION_NAME
-    measured = parse_object(read_small(figures, roots), str(figures)) if figures.exists() else None
+    is_ours = figures.exists() and EVALUATION_NAME not in listed  # a file of the source may have that name too
+    measured = parse_object(read_small(figures, roots), str(figures)) if is_ours else None
     return make_card(repo_id, manifest, text, measured).encode()
 
 
