@@ -131,8 +131,9 @@ def command(
         fields = as_json(result, protocol)
     if harness is not None:
         tokenizer = load_tokenizer(folder)
-        found = harness.run(model, tokenizer, batch_size)
-        expected = None if original is None else harness.run(original, tokenizer, batch_size)
+        with room_for(checkpoint):
+            found = harness.run(model, tokenizer, batch_size)
+            expected = None if original is None else harness.run(original, tokenizer, batch_size)
         page.append(task_table(found, expected))
         fields |= {"tasks": [dataclasses.asdict(score) for score in found], "harness": harness.options, **setting}
         if expected is not None:

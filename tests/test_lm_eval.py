@@ -152,6 +152,19 @@ def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         Harness(["arc_easy"])
 
 
+def test_a_full_gpu_is_an_error_with_sizes(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __init__(self, names: list[str], **options: object) -> None: ...
+
+        def run(self, *arguments: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("runtime.cli.Harness", Full)
+    result = call(converted, "--tasks", "arc_easy", "--device", "cpu")
+    assert isinstance(result.exception, TemporaryError)
+    assert str(result.exception).startswith(f"{converted}: CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 def test_a_page_needs_a_text(converted: Path, tmp_path: Path) -> None:
     result = call(converted, "--tasks", "arc_easy", "--report", tmp_path / "page")
     assert "--report draws what a text gives" in str(result.exception)
