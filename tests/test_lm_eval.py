@@ -10,8 +10,10 @@ from checkpoints import EXAMPLE, convert_folder
 from click.testing import CliRunner, Result
 
 import runtime
+from converter.card import make_card
 from formats.errors import TemporaryError, UsageError
 from formats.layout import Scheme
+from formats.manifest import read_manifest
 from formats.texts import load_tokenizer
 from runtime.cli import command
 from runtime.integrations.lm_eval import Harness, Score, scores
@@ -109,7 +111,8 @@ def test_eval_compares_tasks_with_those_of_the_original(converted: Path, tasks: 
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     fields = json.loads((tmp_path / "eval.json").read_text())
-    assert fields.keys() == {"tasks", "reference", "harness", "dtype", "device"}
+    assert fields.keys() == {"tasks", "reference", "harness", "checkpoint", "dtype", "device"}
+    assert "| ends_of_sentences | acc | " in make_card("me/x", read_manifest(converted), "", fields)
     assert (fields["harness"]["limit"], fields["harness"]["num_fewshot"]) == (16, 0)
     rows = zip(fields["tasks"], fields["reference"]["tasks"], strict=True)
     for line, (found, expected) in zip(result.stdout.splitlines()[1:], rows, strict=True):
