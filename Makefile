@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := $(VENV)/oldest
 
-.PHONY: demo test lint types docs dist clean
+.PHONY: demo test oldest lint types docs dist clean
 
 test: lint types
 	$(BIN)/pytest
@@ -13,6 +14,10 @@ demo: $(READY)
 	$(BIN)/int4-inspect demo-out --verify
 	$(BIN)/int4-eval demo-out --reference examples/tiny-llama --text examples/tiny-llama.heldout.txt \
 		--seq-len 256 --batch-size 8
+
+oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest \
+		tests/test_transformers.py tests/test_architectures.py tests/test_hub.py tests/test_push.py tests/test_card.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,6 +38,14 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+# What is not in the list comes from the other environment, which stands behind this one's own packages.
+$(OLDEST)/.ready: $(READY) constraints-oldest.txt
+	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+	cd $(OLDEST)/lib/python*/site-packages && echo $(abspath $(VENV))/lib/python*/site-packages > lent.pth
+	$(BIN)/pip --python $(OLDEST)/bin/python install --quiet --disable-pip-version-check \
+		--requirement constraints-oldest.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) demo-out build dist *.egg-info

@@ -150,21 +150,23 @@ def _evaluation(manifest: Manifest, figures: Mapping[str, Any]) -> str:
             f"{EVALUATION_NAME}: is of another checkpoint, or of another version of int4-eval; run "
             f"`int4-eval --json DIR/{EVALUATION_NAME}` again, or remove the file"
         )
+    shown = {"perplexity": _text_figures, "tasks": _task_figures}
     try:
-        text = PurePath(figures["text"]).name  # the rest of a path is nobody's business
-        protocol = (
-            f"{figures['windows']:d} windows of {figures['seq_len']:d} tokens of {_code(text)}, computed in "
-            f"{_plain(figures['dtype'])} on {_plain(figures['device'])}."
-        )
-        return f"{protocol}\n\n{_table(('', 'int4', 'source'), _evaluation_rows(figures))}"
+        parts = [show(figures) for key, show in shown.items() if key in figures]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{EVALUATION_NAME}: is not what `int4-eval --json` writes ({type(error).__name__}: {error}); write it "
             "again, or remove it"
         ) from None
+    return "\n\n".join(parts)
 
 
-def _evaluation_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _text_figures(figures: Mapping[str, Any]) -> str:
+    text = PurePath(figures["text"]).name  # the rest of a path is nobody's business
+    protocol = (
+        f"{figures['windows']:d} windows of {figures['seq_len']:d} tokens of {_code(text)}, computed in "
+        f"{_plain(figures['dtype'])} on {_plain(figures['device'])}."
+    )
     reference = figures.get("reference")
     before = "" if reference is None else _with_error(reference["perplexity"], reference["perplexity_se"], ".3f")
     rows = [("perplexity", _with_error(figures["perplexity"], figures["perplexity_se"], ".3f"), before)]
@@ -176,7 +178,24 @@ def _evaluation_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             ("its median and 99.9 %", f"{divergence['median']:.4f}, {divergence['p999']:.4f}", ""),
             ("same first choice", f"{figures['same_top1']:.2%}", ""),
         ]
-    return rows
+    return f"{protocol}\n\n{_table(('', 'int4', 'source'), rows)}"
+
+
+def _task_figures(figures: Mapping[str, Any]) -> str:
+    harness = figures["harness"]
+    shots, limit = harness["num_fewshot"], harness["limit"]
+    protocol = (
+        f"By lm-evaluation-harness {_plain(harness['lm_eval'])}"
+        + ("" if shots is None else f", {shots:d} examples before each question")
+        + ("" if limit is None else f", the first {limit:d} questions of each task")
+    )
+    models = [scores for scores in (figures["tasks"], figures.get("reference", {}).get("tasks")) if scores]
+    rows = [
+        [*(_plain(scores[0][key]) for key in ("task", "metric")),
+         *(_with_error(score["value"], score["stderr"], ".4f") for score in scores)]
+        for scores in zip(*models, strict=True)
+    ]  # fmt: skip
+    return f"{protocol}:\n\n{_table(('task', 'metric', 'int4', 'source')[: 2 + len(models)], rows)}"
 
 
 def _with_error(value: float, error: float | None, form: str) -> str:

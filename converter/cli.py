@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import torch
+from torch import Tensor
 
 from converter.calibrate import LayerReport
 from converter.convert import DEFAULT_GROUP_SIZE, convert, recipe_for
@@ -36,8 +37,6 @@ from formats.texts import calibration_text, drawn_windows, tokenize
 
 STAGING_NAME = ".int4-convert-source"
 NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
-
-
 GROUPS = {
     "How to quantise": ("--group-size", "--scheme", "--method"),
     "Calibration": ("--calibration", "--calibration-tokens", "--seq-len", "--seed"),
@@ -126,18 +125,14 @@ def command(
     ranks = click.get_current_context().with_resource(joined_ranks())
     _check_options(method or DEFAULT_METHOD, calibration, low_disk=low_disk, ranks=ranks)
     _check_publishing(push_to, private=private, create_pr=create_pr, ranks=ranks)
-    if target is not None and not dry_run:
-        raise UsageError("--target: changes nothing of a conversion, it is asked before one; give --dry-run too")
-    if tensor_parallel is not None and target is None:
-        raise UsageError(f"--tensor-parallel: for which engine? give --target {some(sorted(ENGINES))}")
+    _check_forecast(target, tensor_parallel, dry_run=dry_run)
     chosen = parse_devices(local_device(ranks) if devices is None else devices)
     staging = out_dir / STAGING_NAME if low_disk else None
     source = open_source(model, revision, staging=staging, headers_only=dry_run, quiet=quiet)
     windows = text_record = None
     if calibration is not None:
         text = calibration_text(calibration, quiet)
-        windows = drawn_windows(tokenize(source.folder, text), seq_len, max(1, calibration_tokens // seq_len), seed)
-        text_record = CalibrationRecord(hashlib.sha256(text.encode()).hexdigest(), len(windows), seq_len, seed)
+        windows, text_record = _drawn(text, source, calibration_tokens, seq_len, seed)
     symmetric = None if scheme is None else scheme == "sym"
     recipe = recipe_for(source, group_size, symmetric, method, include, exclude, text_record)
     plan = make_plan(source, recipe)
@@ -181,11 +176,24 @@ def _check_options(method: str, calibration: str | None, *, low_disk: bool, rank
         raise UsageError("--calibration: goes from layer to layer in one process; run it without torchrun")
 
 
+def _check_forecast(target: str | None, tensor_parallel: int | None, *, dry_run: bool) -> None:
+    if target is not None and not dry_run:
+        raise UsageError("--target: changes nothing of a conversion, it is asked before one; give --dry-run too")
+    if tensor_parallel is not None and target is None:
+        raise UsageError(f"--tensor-parallel: for which engine? give --target {some(sorted(ENGINES))}")
+
+
 def _check_publishing(push_to: str | None, *, private: bool, create_pr: bool, ranks: Ranks) -> None:
     if push_to is None and (private or create_pr):
         raise UsageError("--private and --create-pr say how to publish; give --push-to REPO_ID too")
     if push_to is not None and ranks.size > 1:
         raise UsageError("--push-to: is done by one process; run int4-push afterwards, without torchrun")
+
+
+def _drawn(text: str, source: Source, tokens: int, seq_len: int, seed: int) -> tuple[Tensor, CalibrationRecord]:
+    """Windows [W, T] of about so many tokens of `text`, and their record."""
+    windows = drawn_windows(tokenize(source.folder, text), seq_len, max(1, tokens // seq_len), seed)
+    return windows, CalibrationRecord(hashlib.sha256(text.encode()).hexdigest(), len(windows), seq_len, seed)
 
 
 def _send(upload: Upload | None, out_dir: Path, shard: FileRecord) -> None:

@@ -93,8 +93,9 @@ def convert(
 
     A calibrated recipe comes with the `windows` [W, T] of tokens that it names; `calibrated` is called for each layer,
     and an interrupted calibration goes on where it stopped. `written` is called with each shard that is whole, in any
-    thread. Raises `CheckpointError`, `OutputError` or
-    `TemporaryError`; then `out_dir` holds no manifest.
+    thread.
+
+    Raises `CheckpointError`, `OutputError` or `TemporaryError`; then `out_dir` holds no manifest.
     """
     out = OutputDir(out_dir, source, plan, overwrite=overwrite)
     with ExitStack() as stack:

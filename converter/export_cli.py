@@ -9,7 +9,7 @@ import click
 from converter.export import Exported, export
 from formats import __version__
 from formats.checkpoint import Checkpoint
-from formats.command import Command, complete_folder, echo, quiet_option, run
+from formats.command import Command, echo, quiet_option, run
 from formats.interop import LAYOUTS
 from formats.layout import ROW_WISE
 from formats.progress import bar_class
@@ -21,10 +21,10 @@ EXAMPLES = {
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False), shell_complete=complete_folder)
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("out_dir", type=click.Path(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(sorted(LAYOUTS)), help="The layout to write.")
-@click.option("--group-size", type=int, help="Split groups into ones of this size.  [default: as they are]")
+@click.option("--group-size", type=int, metavar="N", help="Split groups into ones of N.  [default: as they are]")
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @click.version_option(__version__)

@@ -29,7 +29,6 @@ from formats.files import (
     rename,
     whole_name,
 )
-from formats.layout import BITS
 from formats.manifest import (
     FORMAT_VERSION,
     INDEX_NAME,
@@ -39,6 +38,7 @@ from formats.manifest import (
     Manifest,
     SourceRecord,
     features_of,
+    quantization_config,
     read_manifest,
 )
 from formats.records import to_json
@@ -47,7 +47,6 @@ from formats.strict_json import canonical
 LOCK_NAME = ".int4-convert.lock"
 RECORDS = (LOCK_NAME, JOURNAL_NAME, MANIFEST_NAME)
 SPARE_BYTES = 64 << 20  # for index, journal and manifest
-QUANT_METHOD = "i4"
 HASHING_THREADS = 4
 
 
@@ -151,14 +150,7 @@ class OutputDir:
 
     def _config(self) -> bytes:
         """The source's configuration, with what a loader has to know about the weights."""
-        scheme = self.plan.recipe.scheme
-        quantization = {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "bits": BITS,
-            "group_size": scheme.group_size,
-            "symmetric": scheme.symmetric,
-        }
+        quantization = quantization_config(self.plan.recipe.scheme)
         config = {**(self.source.config or {}), "quantization_config": quantization}
         return (json.dumps(config, indent=2) + "\n").encode()
 

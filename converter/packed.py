@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-from formats.errors import CheckpointError
+from formats.errors import CheckpointError, some
 from formats.interop import LAYOUTS
 from formats.interop.base import Layout
 from formats.layout import SCALE_DTYPES, TensorSpec
 from formats.selection import FLOAT_DTYPES, WEIGHT, never_quantized
 
 WORD_DTYPES = ("I32", "U32")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # in a configuration
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # where older tools keep the same
 ADVICE = "convert the model that it was made from"
 
 
@@ -37,14 +39,34 @@ class PackedMatrix:
         return f"{self.module}.{part}"
 
 
-def int4_layout(method: str, settings: Any) -> Layout | None:
-    """The layout of a model that was quantised by `method`, or None if it is none of ours.
+def int4_layout(config: dict[str, Any], where: str) -> Layout | None:
+    """The int4 format of a model by its configuration, or None where that names no quantisation.
 
-    Raises `CheckpointError` where its `settings` are not plain int4.
+    Raises `CheckpointError` for any other quantisation.
     """
-    if method not in LAYOUTS or not isinstance(settings, dict):
+    if (found := _quantization(config)) is None:
         return None
-    return LAYOUTS[method].from_settings(settings)
+    method, settings = found
+    try:
+        if method in LAYOUTS and isinstance(settings, dict):
+            return LAYOUTS[method].from_settings(settings)
+    except CheckpointError as error:
+        method = f"{method}: {error}"
+    raise CheckpointError(
+        f"{where}: the model is already quantised ({method}); expected 16- or 32-bit weights, FP8 with a "
+        f"weight_block_size, or int4 of {some([*LAYOUTS])}: convert the model that it was made from"
+    )
+
+
+def _quantization(config: dict[str, Any]) -> tuple[str, Any] | None:
+    """What the configuration calls the method by which the model was quantised, and its settings, if it was."""
+    mlx = config.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx:
+        return "mlx", mlx
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        return None
+    return str(found.get("quant_method", "method unknown") if isinstance(found, dict) else found), found
 
 
 def packed_matrices(

@@ -12,7 +12,7 @@ from converter.card import make_card
 from converter.source import MODEL_FILE
 from formats.errors import CheckpointError, HubError, Int4Error, UsageError, some
 from formats.files import link_roots, read_small
-from formats.hub import RemoteFile, fetch, hub_errors, library_bars, list_files
+from formats.hub import RemoteFile, fetch, hub_bars, hub_errors, list_files
 from formats.manifest import CARD_NAME, EVALUATION_NAME, MANIFEST_NAME, FileRecord, Manifest, read_manifest
 from formats.strict_json import parse_object
 
@@ -99,7 +99,7 @@ class Upload:
         stale = [CommitOperationDelete(name) for name in sorted((self._listed(head) & head.files.keys()) - names)]
         if not files and not new and not stale:
             return None
-        with hub_errors(self.repo_id, uploading=True), library_bars(not self._quiet):
+        with hub_errors(self.repo_id, uploading=True), hub_bars(self._quiet):
             done = self._api.create_commit(
                 self.repo_id,
                 [*self._send_rest(folder, files), *new, *stale],
@@ -124,7 +124,7 @@ class Upload:
     def _send(self, file: FileRecord, path: Path) -> None:
         from huggingface_hub import CommitOperationAdd
 
-        with hub_errors(self.repo_id, uploading=True), library_bars(False):
+        with hub_errors(self.repo_id, uploading=True), hub_bars(quiet=True):
             addition = CommitOperationAdd(file.name, path)
             self._api.preupload_lfs_files(self.repo_id, [addition], create_pr=self._create_pr, free_memory=False)
             self._sent[file] = addition
@@ -182,7 +182,8 @@ def card_of(folder: Path, manifest: Manifest, repo_id: str) -> bytes:
     `folder`. One that somebody has written since goes as it is. Raises `CheckpointError`.
     """
     path, roots = folder / CARD_NAME, link_roots(folder)
-    copied = next((file for file in manifest.files if file.name == CARD_NAME), None)
+    listed = {file.name: file for file in manifest.files}
+    copied = listed.get(CARD_NAME)
     found = read_small(path, roots) if path.exists() else None
     if found is None and copied is not None:
         raise CheckpointError(f"{path}: is gone, which named the licence of the source; put it back, or your own there")
@@ -193,7 +194,8 @@ def card_of(folder: Path, manifest: Manifest, repo_id: str) -> bytes:
     if found is not None and _record(CARD_NAME, found) != copied:
         return text.encode()
     figures = folder / EVALUATION_NAME
-    measured = parse_object(read_small(figures, roots), str(figures)) if figures.exists() else None
+    is_ours = figures.exists() and EVALUATION_NAME not in listed  # a file of the source may have that name too
+    measured = parse_object(read_small(figures, roots), str(figures)) if is_ours else None
     return make_card(repo_id, manifest, text, measured).encode()
 
 

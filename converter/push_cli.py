@@ -7,7 +7,7 @@ import click
 from converter.push import Upload, published
 from formats import __version__
 from formats.checkpoint import Checkpoint
-from formats.command import Command, complete_folder, echo, quiet_option, run
+from formats.command import Command, echo, quiet_option, run
 
 EXAMPLES = {
     "Publish it": "int4-push out me/Qwen3-0.6B-int4",
@@ -16,19 +16,14 @@ EXAMPLES = {
 
 
 @click.command(cls=Command, examples=EXAMPLES)
-@click.argument(
-    "folder",
-    metavar="DIR",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    shell_complete=complete_folder,
-)
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("repo_id")
 @click.option("--private", is_flag=True, help="Make the repository, if there is none, for yourself alone.")
 @click.option("--create-pr", is_flag=True, help="Make a pull request instead of a commit.")
 @quiet_option
 @click.version_option(__version__)
 def command(folder: Path, repo_id: str, private: bool, create_pr: bool, quiet: bool) -> None:
-    """Publish the int4 checkpoint in DIR as the Hub repository REPO_ID, with a model card, in one commit.
+    """Publish the int4 checkpoint in FOLDER as the Hub repository REPO_ID, with a model card, in one commit.
 
     Run again after any stop it sends what the Hub does not have yet.
     """
@@ -42,4 +37,4 @@ def command(folder: Path, repo_id: str, private: bool, create_pr: bool, quiet: b
 
 def main() -> None:
     """Entry point of `int4-push`."""
-    run(command)
+    run(command, once_stopped="; the same command sends what the Hub does not have yet")

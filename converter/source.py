@@ -1,6 +1,5 @@
 """The checkpoint to convert: a folder or a Hub repository, pinned, with every header checked before any work."""
 
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -9,18 +8,18 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
 from converter.fp8 import BlockScaled, block_scaled, block_size
-from converter.packed import PackedMatrix, int4_layout, packed_matrices
+from converter.packed import QUANTIZATION_FILES, QUANTIZATION_KEYS, PackedMatrix, int4_layout, packed_matrices
+from converter.side_files import WEIGHT_SUFFIXES, side_files
 from converter.weights import FILES_STAGED, FolderWeights, HubWeights, Weights
 from formats.container import SUFFIX, Container
 from formats.errors import CheckpointError, Int4Warning, TemporaryError, UsageError, some
-from formats.files import link_roots, open_regular, read_small, safe_name
+from formats.files import link_roots, read_small, safe_name
 from formats.hub import download, list_files
-from formats.interop import LAYOUTS
 from formats.interop.base import Layout
 from formats.layout import TensorSpec
 from formats.strict_json import parse_object
@@ -35,19 +34,10 @@ MODEL_FILE = re.compile(r"model[^./]*\.safetensors")
 OTHER_PARTS = f"*/*{SUFFIX}"  # of a model, in subfolders
 HEADERS_AT_ONCE = 8
 
-# Other forms of the same weights; they are neither read nor copied.
-OTHER_SUFFIXES = (
-    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
-    ".ot", ".npz", ".tflite", ".mlmodel", ".nemo",
-)  # fmt: skip
-WEIGHT_SUFFIXES = (SUFFIX, *OTHER_SUFFIXES)
-
 QUANTIZED_SUFFIXES = (
     ".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_zero_point",
     ".weight.absmax", ".weight.quant_state", ".weight_g_idx", ".g_idx",
 )  # fmt: skip
-QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")  # in a configuration
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json")  # where older tools keep the same
 QUANTIZED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 
 
@@ -183,15 +173,22 @@ def _read(folder: Path, name: str, commit: str | None, weights: Weights) -> Sour
     roots = link_roots(folder.resolve())
     config = _read_config(folder, roots)
     shards = _read_shards(folder, roots, weights)
-    block, layout = block_size(config), _layout(config, folder)
+    block = block_size(config)
+    layout = None if block is not None else int4_layout(config or {}, str(folder / CONFIG_NAME))
     fp8 = {} if block is None else block_scaled(shards, block, str(folder))
     packed = {} if layout is None else packed_matrices(shards, layout, _dtype(config), str(folder))
     shards = _as_meant(shards, fp8, packed)
     _refuse_quantized(folder, shards)
-    side_files = _copied(folder, roots, layout)
     if layout is not None:
         config = {key: value for key, value in (config or {}).items() if key not in QUANTIZATION_KEYS}
-    return Source(name, commit, folder, roots, config, shards, side_files, weights, fp8, layout, packed)
+    copied = _copied(folder, roots, layout)
+    return Source(name, commit, folder, roots, config, shards, copied, weights, fp8, layout, packed)
+
+
+def _copied(folder: Path, roots: tuple[Path, ...], layout: Layout | None) -> tuple[str, ...]:
+    """The side files, but for those about the quantisation of a source that is in int4 already."""
+    left_out = () if layout is None else QUANTIZATION_FILES
+    return tuple(name for name in side_files(folder, roots) if name not in left_out)
 
 
 def _as_meant(
@@ -214,34 +211,6 @@ def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None
         return None
     config = parse_object(read_small(path, roots), str(path), constants=True)
     return config
-
-
-def _layout(config: dict[str, Any] | None, folder: Path) -> Layout | None:
-    """The int4 format of the source, if it is in one; raises `CheckpointError` for any other quantisation but FP8."""
-    if config is None or block_size(config) is not None or (found := _quantization(config)) is None:
-        return None
-    method, settings = found
-    try:
-        layout = int4_layout(method, settings)
-    except CheckpointError as error:
-        method, layout = f"{method}: {error}", None
-    if layout is None:
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME}: the model is already quantised ({method}); expected 16- or 32-bit weights, FP8 "
-            f"with a weight_block_size, or int4 of {some([*LAYOUTS])}: convert the model that it was made from"
-        )
-    return layout
-
-
-def _quantization(config: dict[str, Any]) -> tuple[str, Any] | None:
-    """What the configuration calls the method by which the model was quantised, and its settings, if it was."""
-    mlx = config.get("quantization")
-    if isinstance(mlx, dict) and "bits" in mlx:
-        return "mlx", mlx
-    found = config.get("quantization_config") or config.get("compression_config")
-    if not found:
-        return None
-    return str(found.get("quant_method", "method unknown") if isinstance(found, dict) else found), found
 
 
 def _dtype(config: dict[str, Any] | None) -> str:
@@ -336,33 +305,3 @@ def _found_instead(weights: Weights) -> str:
         f"found {some(files) or 'no weight files'}. Only safetensors files of these names are read, and pickled "
         "weights are never opened: save the model again with transformers' save_pretrained"
     )
-
-
-def _copied(folder: Path, roots: tuple[Path, ...], layout: Layout | None) -> tuple[str, ...]:
-    """The side files, but for those about the quantisation of a source that is in int4 already."""
-    left_out = () if layout is None else QUANTIZATION_FILES
-    return tuple(name for name in _side_files(folder, roots) if name not in left_out)
-
-
-def _side_files(folder: Path, roots: tuple[Path, ...]) -> Iterator[str]:
-    """Every file that is copied: all below `folder` but hidden ones and weights; checked here, before any work."""
-    for parent, folders, files in os.walk(folder, onerror=_refuse_unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders:
-            if (link := Path(parent) / name).is_symlink():
-                raise CheckpointError(f"{link}: is a link to a folder; put the folder in its place, or remove it")
-        for name in sorted(files):
-            relative = (Path(parent) / name).relative_to(folder).as_posix()
-            if not name.startswith(".") and not _is_weights(relative):
-                os.close(open_regular(folder / safe_name(relative, str(folder)), roots))
-                yield relative
-
-
-def _is_weights(name: str) -> bool:
-    """Whether the file `name` is left out: weights; but safetensors of a subfolder are another part of the model."""
-    suffixes = OTHER_SUFFIXES if "/" in name else WEIGHT_SUFFIXES
-    return name.removesuffix(".index.json").endswith(suffixes)
-
-
-def _refuse_unreadable(error: OSError) -> NoReturn:
-    raise CheckpointError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or remove it")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from converter.engines import ENGINES, Engine, Kernel, Matrix
 from converter.plan import Plan, TensorPlan
 from formats.errors import some
+from formats.interop.groups import can_split
 from formats.layout import CODES_PER_WORD, ROW_WISE
 from formats.selection import WEIGHT
 
@@ -55,7 +56,7 @@ def forecast(plan: Plan, target: str, tensor_parallel: int = 1) -> Forecast:
     size = _best_size(plan, engine, tensor_parallel)
     better = verdicts(plan, engine, tensor_parallel, size)
     gain = f"; then {_summary(better)}" if size != asked else ""
-    if engine.layout and (size == asked or _splits(asked, size)):
+    if engine.layout and _splits(plan, size):
         option = f" --group-size {size}" if gain else ""
         advice.append(f"int4-export OUT_DIR EXPORT --to {engine.layout}{option}: the same weights for it{gain}")
     elif gain:
@@ -88,6 +89,8 @@ def _verdict(tensor: TensorPlan, plan: Plan, engine: Engine, gpus: int, group: i
     cut, size = ("columns", columns) if by_columns else ("rows", rows)
     if (by_columns or by_rows) and size % gpus:
         return Verdict(None, f"{size} {cut} do not divide by {gpus} GPUs")
+    if by_rows and not plan.recipe.symmetric and rows // gpus % CODES_PER_WORD:
+        return Verdict(None, f"{rows // gpus} rows on each GPU share words of zero points, which {CODES_PER_WORD} have")
     if by_columns:
         columns //= gpus
     step = CODES_PER_WORD if group == ROW_WISE else group
@@ -147,9 +150,10 @@ def _halves(plan: Plan, engine: Engine) -> Iterator[str]:
         )
 
 
-def _splits(group: int, size: int) -> bool:
-    """Whether groups of `group` columns can be cut into ones of `size`."""
-    return size != ROW_WISE and (group == ROW_WISE or group % size == 0)
+def _splits(plan: Plan, size: int) -> bool:
+    """Whether the groups of `plan` can be cut into ones of `size`, or are of it."""
+    matrices = [tensor.matrix for tensor in plan.tensors if tensor.quantized]
+    return all(can_split(matrix.shape[-1], plan.recipe.scheme, size) for matrix in matrices)
 
 
 def _best_size(plan: Plan, engine: Engine, gpus: int) -> int:
@@ -158,7 +162,7 @@ def _best_size(plan: Plan, engine: Engine, gpus: int) -> int:
 
     def cost(size: int) -> tuple[int, int, bool, bool, int]:
         ranks = Counter(verdict.rank for verdict in verdicts(plan, engine, gpus, size).values())
-        return ranks[2], ranks[1], size != asked, not _splits(asked, size), -size
+        return ranks[2], ranks[1], size != asked, not _splits(plan, size), -size
 
     return min({asked, *SIZES}, key=cost)
 

@@ -17,8 +17,6 @@ from formats.records import to_json
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a name that is nothing else
 NAME_WIDTH = 24  # columns that the names of tensors have in any case
-
-
 EXAMPLES = {
     "What it is made of": "int4-inspect out",
     "Whether every byte of it is right, for a script": "int4-inspect out --verify --quiet",

@@ -32,7 +32,7 @@ class NonFiniteError(CheckpointError):
 
 
 class HubError(Int4Error):
-    """The Hub refused for good: no such repository or revision, or no right to read it."""
+    """The Hub refused for good: no such repository or revision, or no right to read or write it."""
 
     exit_code = 4
 

@@ -105,11 +105,14 @@ def fetch(repo_id: str, revision: str, name: str, folder: Path | None = None, *,
 
 
 @contextmanager
-def library_bars(shown: bool) -> Iterator[None]:
-    """Show or hide the progress bars of huggingface_hub where it takes no class of bars; never in a pipe."""
+def hub_bars(quiet: bool = False) -> Iterator[None]:
+    """Hide the progress bars of huggingface_hub meanwhile, `quiet` or where nobody watches them.
+
+    For what takes no class of bars.
+    """
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if are_progress_bars_disabled() or draws_bars(quiet=not shown):
+    if are_progress_bars_disabled() or draws_bars(quiet):
         yield
         return
     disable_progress_bars()

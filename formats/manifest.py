@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from formats.container import SUFFIX
 from formats.errors import CheckpointError, UsageError
 from formats.files import link_roots, read_small, safe_name
-from formats.layout import ROW_WISE, Scheme, TensorSpec, stored_tensors
+from formats.layout import BITS, ROW_WISE, Scheme, TensorSpec, stored_tensors
 from formats.records import flag, from_json, to_json
 from formats.sizes import Sizes, sizes_of
 from formats.strict_json import canonical, parse_object
@@ -21,6 +22,7 @@ EVALUATION_NAME = "evaluation.json"  # what int4-eval found, if somebody asked i
 INDEX_NAME = "model.safetensors.index.i4.json"
 SHARD_SUFFIX = ".i4" + SUFFIX
 FORMAT_VERSION = 1
+QUANT_METHOD = "i4"  # as config.json calls the format
 SHARD_METADATA = {"format": "pt", "i4.format_version": str(FORMAT_VERSION)}  # of every shard
 SHA256 = re.compile("[0-9a-f]{64}")
 STACKS, TRANSPOSED = "stacks", "transposed"
@@ -181,6 +183,17 @@ class Manifest:
         for row in self.tensors:
             shards.setdefault(row.file, {}).update(row.stored(self.recipe.scheme))
         return shards
+
+
+def quantization_config(scheme: Scheme) -> dict[str, Any]:
+    """The entry of config.json that tells loaders without a manifest what the quantised tensors are."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "bits": BITS,
+        "group_size": scheme.group_size,
+        "symmetric": scheme.symmetric,
+    }
 
 
 def features_of(rows: Iterable[TensorRecord]) -> tuple[str, ...]:

@@ -28,8 +28,6 @@ from runtime.report import require_matplotlib, timings, write_report
 from runtime.tables import as_json, table, task_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 GROUPS = {
     "What to predict": ("--text", "--dataset", "--seq-len", "--max-windows"),
     "Tasks": ("--tasks", "--num-fewshot", "--limit", "--include-path"),
@@ -101,17 +99,9 @@ def command(
     given = [option for option in (text, dataset) if option is not None]
     if len(given) == 2 or not (given or tasks):
         raise UsageError("give a text, either --text FILE or --dataset NAME, or --tasks NAMES")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise UsageError(f"--json {json_file}: its folder does not exist; make it first")
-    if activations == "fp8" and given and batch_size * seq_len < FP8_TOKENS:
-        raise UsageError(
-            f"--activations fp8 rounds in calls of {FP8_TOKENS} tokens and more, these have {batch_size * seq_len}; "
-            f"give --batch-size {ceil_div(FP8_TOKENS, seq_len)} or more"
-        )
-    if report is not None:
-        if not given:
-            raise UsageError("--report draws what a text gives; give --text FILE or --dataset NAME too")
-        require_matplotlib()
+    _check_output(json_file, report, has_text=bool(given))
+    if activations == "fp8" and given:
+        _check_fp8(batch_size, seq_len)
     harness = None
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -141,8 +131,9 @@ def command(
         fields = as_json(result, protocol)
     if harness is not None:
         tokenizer = load_tokenizer(folder)
-        found = harness.run(model, tokenizer, batch_size)
-        expected = None if original is None else harness.run(original, tokenizer, batch_size)
+        with room_for(checkpoint):
+            found = harness.run(model, tokenizer, batch_size)
+            expected = None if original is None else harness.run(original, tokenizer, batch_size)
         page.append(task_table(found, expected))
         fields |= {"tasks": [dataclasses.asdict(score) for score in found], "harness": harness.options, **setting}
         if expected is not None:
@@ -155,6 +146,23 @@ def command(
         lengths = tokens[: seq_len * batch_size]  # no longer windows than those of the evaluation
         write_report(report, checkpoint, page[0], result, manifest,
                      list(timings(model, original, lengths, batch_size)))  # fmt: skip
+
+
+def _check_output(json_file: Path | None, report: Path | None, *, has_text: bool) -> None:
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UsageError(f"--json {json_file}: its folder does not exist; make it first")
+    if report is not None and not has_text:
+        raise UsageError("--report draws what a text gives; give --text FILE or --dataset NAME too")
+    if report is not None:
+        require_matplotlib()
+
+
+def _check_fp8(batch_size: int, seq_len: int) -> None:
+    if batch_size * seq_len < FP8_TOKENS:
+        raise UsageError(
+            f"--activations fp8 rounds in calls of {FP8_TOKENS} tokens and more, these have {batch_size * seq_len}; "
+            f"give --batch-size {ceil_div(FP8_TOKENS, seq_len)} or more"
+        )
 
 
 def _check_limits(model: Any, windows: Tensor, folder: Path) -> None:

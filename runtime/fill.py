@@ -1,6 +1,6 @@
 """The plain road from a checkpoint to a module of one's own: swap in int4 layers, stream the tensors in."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def load_into(
             for name in row.stored(scheme):
                 tied[name] = {name}
     used = {name for row in rows for name in row.stored(scheme)}
-    _compare(used, tied, where)
+    refuse_misfit(where, [name for name, names in tied.items() if not names & used], used - tied.keys())
     _refuse_left_on_meta(module, held, where)
     _check_kept(held, rows, used, tied, where)
     for row in rows:
@@ -104,13 +104,13 @@ def _untie(tied: dict[str, set[str]], weight: str) -> None:
         tied.pop(name, set()).discard(name)
 
 
-def _compare(used: set[str], tied: dict[str, set[str]], where: Path) -> None:
-    missing = sorted(name for name, names in tied.items() if not names & used)
-    unexpected = sorted(used - tied.keys())
+def refuse_misfit(where: Path, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise `CheckpointError` unless model and checkpoint name exactly the same tensors."""
     if missing or unexpected:
         raise CheckpointError(
-            f"{where}: does not fit the model: {len(missing)} tensors missing ({some(missing) or 'none'}), "
-            f"{len(unexpected)} unexpected ({some(unexpected) or 'none'}); is it the same architecture and version?"
+            f"{where}: does not fit the model: {len(missing)} tensors missing ({some(sorted(missing)) or 'none'}), "
+            f"{len(unexpected)} unexpected ({some(sorted(unexpected)) or 'none'}); is it the same architecture and "
+            "version?"
         )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from formats.checkpoint import Checkpoint, StoredTensor
 from formats.devices import parse_device, room_for
-from formats.errors import CheckpointError, Int4Error, some
+from formats.errors import Int4Error
 from formats.hub import download
-from formats.manifest import Manifest
+from formats.manifest import Manifest, quantization_config
 from formats.skeleton import (
     BUILDING,
     architecture_of,
@@ -23,6 +23,7 @@ from formats.skeleton import (
     with_plain_attention,
 )
 from formats.tensors import TORCH_DTYPES
+from runtime.fill import refuse_misfit
 from runtime.siblings import join as join_siblings
 
 OTHERWISE = "fill a module of your own with runtime.load_into"
@@ -58,7 +59,7 @@ def load(
     room = room_for(f"{folder}, {checkpoint.manifest.sizes.stored_bytes / 1e6:,.0f} MB")
     with room, checkpoint.opened(verify, place if by_map else None) as stored:
         config.quantization_config = {
-            **config.quantization_config,
+            **quantization_config(checkpoint.manifest.recipe.scheme),
             "stored": {name: tensor.spec for name, tensor in stored.items()},
             "activations": activations,
             "join": False,  # below, once they have their place
@@ -80,7 +81,7 @@ def load(
             raise
         except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
             raise next(iter(errors), cannot_build(folder, error, OTHERWISE)) from None
-        _refuse_misfit(folder, info)
+        refuse_misfit(folder, info["missing_keys"], info["unexpected_keys"])
         placed: nn.Module = model if by_map else model.to(place)
         if join is not False:
             join_siblings(placed, gpu_only=join is None)
@@ -127,13 +128,3 @@ def _stored_dtype(manifest: Manifest) -> torch.dtype:
     """The type of the first floating-point tensor of the source."""
     kinds = (TORCH_DTYPES[row.dtype] for row in manifest.tensors)
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
-
-
-def _refuse_misfit(folder: Path, info: dict[str, Any]) -> None:
-    """Raise `CheckpointError` unless model and checkpoint name exactly the same tensors."""
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{folder}: does not fit the model: {len(missing)} tensors missing ({some(missing) or 'none'}), "
-            f"{len(unexpected)} unexpected ({some(unexpected) or 'none'}); is it the same architecture and version?"
-        )

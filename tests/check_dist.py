@@ -59,7 +59,8 @@ def check_run(distribution: Path, folder: Path) -> None:
         sys.exit(f"{distribution}: int4-convert says it is {version}, expected {__version__}")
     call("int4-convert", EXAMPLE, "out", "--quiet")
     call("int4-inspect", "out", "--verify")
-    call("int4-eval", "--version")
+    for command in ("int4-eval", "int4-export", "int4-push"):
+        call(command, "--version")
     call("python", "-c", LOAD)
 
 

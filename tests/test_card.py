@@ -1,6 +1,6 @@
 """The model card: YAML that huggingface_hub reads back, and tables of what the manifest says."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from converter.card import make_card
 from formats.errors import CheckpointError
 from formats.manifest import CalibrationRecord, Manifest
+from runtime.integrations.lm_eval import Score
 
 REPO = "me/model-i4"
 COMMIT = "0123456789" * 4
@@ -167,13 +168,32 @@ def test_figures_without_a_reference_are_a_perplexity(manifest: Manifest) -> Non
     assert rows(card, "Evaluation") == [["perplexity", "38.830", ""]]
 
 
+TASKS = [asdict(Score("arc_easy", "acc", 0.5, 0.0123))]  # as int4-eval writes them
+HARNESS = {"lm_eval": "0.4.13", "num_fewshot": None, "limit": 100}
+
+
+def test_tasks_are_shown_with_those_of_the_source(manifest: Manifest) -> None:
+    before = [{**TASKS[0], "value": 0.75, "stderr": None}]
+    figures = {"tasks": TASKS, "harness": HARNESS, "reference": {"tasks": before}, "checkpoint": manifest.digest}
+    card = make_card(REPO, manifest, "", figures)
+    assert "By lm-evaluation-harness 0.4.13, the first 100 questions of each task:" in card
+    assert rows(card, "Evaluation") == [["arc_easy", "acc", "0.5000 ± 0.0123", "0.7500"]]
+
+
+def test_tasks_are_shown_behind_the_figures_of_a_text(manifest: Manifest) -> None:
+    figures = {**FIGURES, "tasks": TASKS, "harness": {**HARNESS, "num_fewshot": 5}, "checkpoint": manifest.digest}
+    card = make_card(REPO, manifest, "", figures)
+    assert card.index("| same first choice | 87.00% |") < card.index("| arc_easy | acc | 0.5000 ± 0.0123 |")
+    assert "0.4.13, 5 examples before each question, the first" in card
+
+
 @pytest.mark.parametrize("checkpoint", ["0" * 64, None])
 def test_figures_of_another_checkpoint_are_refused(manifest: Manifest, checkpoint: str | None) -> None:
     with pytest.raises(CheckpointError, match=r"evaluation\.json: is of another checkpoint"):
         make_card(REPO, manifest, "", {**FIGURES, "checkpoint": checkpoint})
 
 
-@pytest.mark.parametrize("wrong", [{"perplexity": "low"}, {"kld": None}, {"windows": 1.5}, {"text": 3}])
+@pytest.mark.parametrize("wrong", [{"perplexity": "low"}, {"kld": None}, {"windows": 1.5}, {"text": 3}, {"tasks": 1}])
 def test_figures_of_another_kind_are_refused(manifest: Manifest, wrong: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"evaluation\.json: is not what"):
         make_card(REPO, manifest, "", {**FIGURES, "checkpoint": manifest.digest, **wrong})

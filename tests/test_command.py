@@ -1,6 +1,7 @@
 """How the commands explain themselves: help, completion, `python -m`."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -10,12 +11,16 @@ from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 import converter.cli
+import converter.export_cli
+import converter.push_cli
 import formats.cli
 import runtime.cli
 from formats.command import Command, quiet_option
 
 COMMANDS = {
     "int4-convert": converter.cli.command,
+    "int4-export": converter.export_cli.command,
+    "int4-push": converter.push_cli.command,
     "int4-inspect": formats.cli.command,
     "int4-eval": runtime.cli.command,
 }
@@ -57,8 +62,6 @@ def test_a_group_names_no_option_that_is_gone() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_examples_are_right(name: str) -> None:
     """Every example parses, as the command that it is of."""
-    import shlex
-
     command = COMMANDS[name]
     for line in command.examples.values():
         words = shlex.split(line.partition("|")[0])
@@ -80,8 +83,8 @@ def test_a_command_alone_explains_itself_and_ends_with_2(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_wrong_option_says_what_to_do(name: str) -> None:
-    result = CliRunner().invoke(COMMANDS[name], ["--jsn", "x", "y"])
-    assert (result.exit_code, "--json" in result.output, "-h" in result.output) == (2, True, True)
+    result = CliRunner().invoke(COMMANDS[name], ["--quite", "x", "y"])
+    assert (result.exit_code, "--quiet" in result.output, "-h" in result.output) == (2, True, True)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_the_shell_is_told_how_to_complete() -> None:
     assert answer(_INT4_INSPECT_COMPLETE="bash_complete", **words) == "plain,--verify\nplain,--version\n"
 
 
-@pytest.mark.parametrize("name", ["int4-convert", "int4-eval"])
-def test_folders_complete_where_a_hub_id_may_stand(name: str) -> None:
+@pytest.mark.parametrize("name", COMMANDS)
+def test_folders_complete_where_they_may_stand(name: str) -> None:
     completion = ShellComplete(COMMANDS[name], {}, name, "_COMPLETE")
     assert [item.type for item in completion.get_completions([], "ex")] == ["dir"]

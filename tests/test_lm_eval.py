@@ -10,8 +10,10 @@ from checkpoints import EXAMPLE, convert_folder
 from click.testing import CliRunner, Result
 
 import runtime
+from converter.card import make_card
 from formats.errors import TemporaryError, UsageError
 from formats.layout import Scheme
+from formats.manifest import read_manifest
 from formats.texts import load_tokenizer
 from runtime.cli import command
 from runtime.integrations.lm_eval import Harness, Score, scores
@@ -109,7 +111,8 @@ def test_eval_compares_tasks_with_those_of_the_original(converted: Path, tasks: 
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     fields = json.loads((tmp_path / "eval.json").read_text())
-    assert fields.keys() == {"tasks", "reference", "harness", "dtype", "device"}
+    assert fields.keys() == {"tasks", "reference", "harness", "checkpoint", "dtype", "device"}
+    assert "| ends_of_sentences | acc | " in make_card("me/x", read_manifest(converted), "", fields)
     assert (fields["harness"]["limit"], fields["harness"]["num_fewshot"]) == (16, 0)
     rows = zip(fields["tasks"], fields["reference"]["tasks"], strict=True)
     for line, (found, expected) in zip(result.stdout.splitlines()[1:], rows, strict=True):
@@ -150,6 +153,19 @@ def test_without_the_harness_its_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match=r"pip install 'int4-convert\[lm-eval\]'"):
         Harness(["arc_easy"])
+
+
+def test_a_full_gpu_is_an_error_with_sizes(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __init__(self, names: list[str], **options: object) -> None: ...
+
+        def run(self, *arguments: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("runtime.cli.Harness", Full)
+    result = call(converted, "--tasks", "arc_easy", "--device", "cpu")
+    assert isinstance(result.exception, TemporaryError)
+    assert str(result.exception).startswith(f"{converted}: CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_a_page_needs_a_text(converted: Path, tmp_path: Path) -> None:

@@ -290,6 +290,19 @@ def test_without_a_type_in_the_configuration_that_of_the_weights_counts(tmp_path
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("entry", [{}, {"quantization_config": {"quant_method": "i4", "group_size": 128}}], ids=str)
+def test_the_manifest_counts_whatever_the_configuration_says_of_groups(
+    tmp_path: Path, entry: dict[str, object]
+) -> None:
+    pytest.importorskip("transformers")
+    expected = logits_of(runtime.load(edited_example(tmp_path), device="cpu"))
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]
+    path.write_text(json.dumps(config | entry))
+    assert torch.equal(logits_of(runtime.load(tmp_path / "out", device="cpu")), expected)
+
+
 def test_tables_are_computed_in_fp32_whatever_the_type_of_the_model(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPTJConfig(vocab_size=64, n_embd=64, n_layer=1, n_head=2, rotary_dim=16, n_positions=128)

@@ -285,6 +285,14 @@ def test_figures_in_the_folder_come_into_the_card_and_do_not_go_up(hub: LocalHub
     assert EVALUATION_NAME not in head(hub)
 
 
+def test_an_evaluation_of_the_source_is_a_file_like_others(hub: LocalHub, source: Path, tmp_path: Path) -> None:
+    (source / EVALUATION_NAME).write_text('{"accuracy": 1}')
+    convert_folder(source, tmp_path / "other")
+    push(tmp_path / "other", TARGET)
+    assert b"## Evaluation" not in head(hub)[CARD_NAME]
+    assert head(hub)[EVALUATION_NAME] == b'{"accuracy": 1}'
+
+
 def test_a_conversion_that_publishes_leaves_what_the_two_commands_leave(
     hub: LocalHub, source: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

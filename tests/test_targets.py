@@ -84,6 +84,22 @@ def test_each_gpu_needs_whole_groups_of_a_matrix_that_is_split_along_them(target
     assert the_verdict(f"{MLP}down_proj", (4096, 14336), target, 8, group_size=128).kernel is not None
 
 
+def test_a_word_of_zero_points_stays_on_one_gpu() -> None:
+    plan = plan_of({f"{ATTENTION}q_proj": (72, 4096)}, 128, symmetric=False)
+    assert forecast(plan, "transformers", 3).verdicts[f"{ATTENTION}q_proj.weight"].kernel is not None
+    found = forecast(plan, "transformers", 2).verdicts[f"{ATTENTION}q_proj.weight"]
+    assert found == Verdict(None, "36 rows on each GPU share words of zero points, which 8 have")
+    assert kernels(plan_of({f"{ATTENTION}q_proj": (72, 4096)}, 128), "transformers", 2) == {"Int4Linear"}
+
+
+def test_what_cannot_be_exported_is_not_advised_to_be() -> None:
+    """A group that ends with its row is shorter than the others."""
+    found = forecast(plan_of(LLAMA | {"a": (4096, 4096 + 192)}, 256), "vllm", 1)
+    assert not any("--group-size 128" in line for line in found.advice)
+    assert found.advice[0].startswith(f"{EXPORT} --group-size 64")
+    assert not any("int4-export" in line for line in forecast(plan_of({"a": (4096, 4096 + 8)}), "vllm").advice)
+
+
 def test_a_short_last_group_stays_with_us() -> None:
     assert the_verdict("a", (64, 384), "transformers", 1).kernel == "Int4Linear"
     assert the_verdict("a", (64, 384), "vllm", 1) == Verdict(None, "384 columns are no multiple of 256")

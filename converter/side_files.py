@@ -1,0 +1,44 @@
+"""The files of a source that are carried over as they are, beside its weights."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from formats.container import SUFFIX
+from formats.errors import CheckpointError
+from formats.files import open_regular, safe_name
+
+# Other forms of the same weights; they are neither read nor copied.
+OTHER_SUFFIXES = (
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
+    ".ot", ".npz", ".tflite", ".mlmodel", ".nemo",
+)  # fmt: skip
+WEIGHT_SUFFIXES = (SUFFIX, *OTHER_SUFFIXES)
+
+
+def side_files(folder: Path, roots: tuple[Path, ...]) -> Iterator[str]:
+    """Every file that is copied: all below `folder` but hidden ones and weights; checked here, before any work.
+
+    Raises `CheckpointError` for a link to a folder or out of `roots`, and for what cannot be listed or is no file.
+    """
+    for parent, folders, files in os.walk(folder, onerror=_refuse_unreadable):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if (link := Path(parent) / name).is_symlink():
+                raise CheckpointError(f"{link}: is a link to a folder; put the folder in its place, or remove it")
+        for name in sorted(files):
+            relative = (Path(parent) / name).relative_to(folder).as_posix()
+            if not name.startswith(".") and not _is_weights(relative):
+                os.close(open_regular(folder / safe_name(relative, str(folder)), roots))
+                yield relative
+
+
+def _is_weights(name: str) -> bool:
+    """Whether the file `name` is left out: weights; but safetensors of a subfolder are another part of the model."""
+    suffixes = OTHER_SUFFIXES if "/" in name else WEIGHT_SUFFIXES
+    return name.removesuffix(".index.json").endswith(suffixes)
+
+
+def _refuse_unreadable(error: OSError) -> NoReturn:
+    raise CheckpointError(f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or remove it")
