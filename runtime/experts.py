@@ -1,6 +1,7 @@
 """Experts of a mixture, fused into one tensor a projection: their weights as stacks [E, N, K] of int4 matrices."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.codec import Quantized
-from formats.layout import Scheme, TensorSpec
+from formats.layout import SCALE, Scheme, TensorSpec
 from formats.tensors import TORCH_DTYPES
 from runtime.linear import SUFFIXES
 from runtime.ops import dequantized, int4_grouped_linear
@@ -55,6 +56,22 @@ class Int4Experts(nn.Module):
             return super().forward(*args, **kwargs)
         return self._mixed(first, *args, **kwargs)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Int4Experts":
+        scales = {name: self._parameters[name + SCALE] for name in self.int4_stacks}
+        stored = {name: scale.data for name, scale in scales.items() if scale is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, stack in self.int4_stacks.items():
+            scale = self._parameters[name + SCALE]
+            if scale is not None and scale.dtype != stored[name].dtype:  # codes were computed from it as stored
+                scale.data = stored[name].to(scale.device)
+            dtype = fn(torch.empty(0, dtype=stack.dtype, device=stored[name].device)).dtype
+            self.int4_stacks[name] = replace(stack, dtype=dtype)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copy, which know classes by their names: this one is made anew."""
+        return _revived, (type(self).__bases__[1],), self.__dict__.copy()
+
     def _mixed(self, first: str, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Σ over the chosen experts e of weight[e] · expert e(x): x [M, K], index and weights [M, chosen] → [M, K]."""
         chosen = top_k_index.shape[-1]
@@ -78,6 +95,9 @@ class Int4Experts(nn.Module):
         group_size = self.int4_stacks[name].scheme.group_size
         y = int4_grouped_linear(x, ends, matrix.packed, matrix.scale, matrix.zero_point, group_size)
         bias = getattr(self, f"{name}_bias", None)
+        if getattr(self, "_is_expert_parallel", False):  # tokens of other processes' experts stand last
+            y = y.masked_fill((expert >= len(matrix.packed)).unsqueeze(-1), 0)
+            expert = expert.clamp(max=len(matrix.packed) - 1)
         return y if bias is None else y + bias[expert]
 
 
@@ -104,6 +124,12 @@ def release_stack(experts: Int4Experts, name: str, dtype: torch.dtype) -> None:
     experts._parameters[name] = nn.Parameter(weight, requires_grad=False)
     if not experts.int4_stacks:
         experts.__class__ = type(experts).__bases__[1]
+
+
+def _revived(kind: Any) -> nn.Module:
+    """An empty module of the class `kind` with `Int4Experts` mixed in."""
+    made: type[nn.Module] = int4_class(kind)
+    return made.__new__(made)
 
 
 @cache

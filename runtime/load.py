@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from formats.checkpoint import Checkpoint, StoredTensor
 from formats.devices import parse_device, room_for
-from formats.errors import Int4Error
+from formats.errors import CheckpointError, Int4Error
 from formats.hub import download
 from formats.manifest import Manifest, quantization_config
 from formats.skeleton import (
@@ -77,6 +77,8 @@ def load(
             with BUILDING, transformers_bars():
                 model, info = with_plain_attention(read)
             read_generation_config(model, folder)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
         except (Int4Error, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a configuration is data from outside: whatever transformers makes of it

@@ -35,6 +35,11 @@ torch.library.define(
     "int4::grouped_linear",
     "(Tensor x, Tensor ends, Tensor packed, Tensor scale, Tensor? zero_point, int group_size) -> Tensor",
 )
+torch.library.define(
+    "int4::grouped_linear_grad",
+    "(Tensor grad, Tensor ends, Tensor packed, Tensor scale, Tensor? zero_point, int columns, int group_size)"
+    " -> Tensor",
+)
 int4_linear: Callable[..., Tensor] = torch.ops.int4.linear.default
 int4_grouped_linear: Callable[..., Tensor] = torch.ops.int4.grouped_linear.default
 
@@ -132,12 +137,25 @@ def _keep_stack_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 
 def _grouped_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    ends, packed, scale, zero_point = ctx.saved_tensors
-    scheme = Scheme(ctx.group_size, zero_point is None)
-    x_grad = grad.new_zeros(len(grad), ctx.columns)
-    for matrix, rows in _by_expert(ends, Quantized(packed, scale, zero_point)):
-        x_grad[rows] = grad[rows] @ dequantized(matrix, ctx.columns, scheme, grad.dtype)
+    x_grad = torch.ops.int4.grouped_linear_grad(grad, *ctx.saved_tensors, ctx.columns, ctx.group_size)
     return x_grad, None, None, None, None, None
+
+
+def _grouped_linear_grad(
+    grad: Tensor, ends: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, group_size: int
+) -> Tensor:
+    """The gradient of x [S, K]: grad [S, N] · Ŵ[expert]; 0 in rows behind the last end."""
+    scheme = Scheme(group_size, zero_point is None)
+    x_grad = grad.new_zeros(len(grad), columns)
+    for matrix, rows in _by_expert(ends, Quantized(packed, scale, zero_point)):
+        x_grad[rows] = grad[rows] @ dequantized(matrix, columns, scheme, grad.dtype)
+    return x_grad
+
+
+def _fake_grouped_linear_grad(
+    grad: Tensor, ends: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, group_size: int
+) -> Tensor:
+    return grad.new_empty(len(grad), columns)
 
 
 def _by_expert(ends: Tensor, stack: Quantized) -> Iterator[tuple[Quantized, slice]]:
@@ -152,6 +170,8 @@ def _by_expert(ends: Tensor, stack: Quantized) -> Iterator[tuple[Quantized, slic
 
 torch.library.impl("int4::grouped_linear", "default", grouped_linear)
 torch.library.register_fake("int4::grouped_linear", _fake_grouped_linear)
+torch.library.impl("int4::grouped_linear_grad", "default", _grouped_linear_grad)
+torch.library.register_fake("int4::grouped_linear_grad", _fake_grouped_linear_grad)
 torch.library.register_autograd("int4::grouped_linear", _grouped_backward, setup_context=_keep_stack_for_backward)
 
 

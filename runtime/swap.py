@@ -19,11 +19,11 @@ def swap(
     dtype: torch.dtype,
     scale_dtype: str,
     activations: str | None = None,
-) -> nn.Module:
+) -> None:
     """Make the parameter `name` of `module`, [N, K] or a stack [E, N, K] in `shape`, an int4 one on meta.
 
     A linear layer gives way to an `Int4Linear` of type `dtype` with its bias; a module of experts stays, and may mean
-    `transposed` matrices. Returns the module that had the parameter.
+    `transposed` matrices.
     """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
@@ -36,21 +36,22 @@ def swap(
     else:
         stack = Stack(scheme, shape[-1], transposed, dtype)
         hold_stack(owner, leaf, stack, scheme.stored(leaf, shape, scale_dtype))
-    return owner
 
 
 def shape_in(owner: nn.Module, leaf: str, *, transposed: bool) -> tuple[int, ...] | None:
-    """[N, K] or [E, N, K] of what could be int4 at `leaf` of `owner`, which may be so already; None if nothing could.
-
-    GPT-2's `Conv1D` is known by its name, like torch's linear layer by its type.
-    """
+    """[N, K] or [E, N, K] of what could be int4 at `leaf` of `owner`, or is so already; None if nothing could."""
     if isinstance(owner, Int4Linear):
         return owner.rows, owner.columns
     if isinstance(owner, Int4Experts) and (stack := owner.int4_stacks.get(leaf)):
         experts, rows, _ = getattr(owner, f"{leaf}_packed").shape
         return experts, rows, stack.columns
     weight = owner._parameters.get(leaf)
-    linear = type(owner).__name__ == "Conv1D" if transposed else isinstance(owner, nn.Linear)
+    linear = is_conv1d(owner) if transposed else isinstance(owner, nn.Linear)
     if weight is None or not (weight.dim() == 3 or linear):
         return None
     return tuple(weight.mT.shape if transposed else weight.shape)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`, a linear layer with a weight [K, N]; without importing that."""
+    return type(module).__name__ == "Conv1D"

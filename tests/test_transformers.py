@@ -1,7 +1,9 @@
 """The quantisation method `i4` of transformers: its own `from_pretrained`, on small random models."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +128,76 @@ def test_gradients_pass_through_experts(tmp_path: Path) -> None:
     model = load(folder)
     model(IDS).logits.sum().backward()
     assert model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
+def test_another_type_leaves_the_scales_of_experts_as_stored(tmp_path: Path) -> None:
+    model = runtime.load_into(random_model("MixtralConfig", MIXTRAL), converted_fused(tmp_path), device="cpu")
+    experts = model.model.layers[0].mlp.experts
+    scale = experts.down_proj_scale.detach().clone()
+    model.half()
+    assert torch.equal(experts.down_proj_scale, scale)
+    assert scale.dtype == torch.bfloat16
+    assert experts.down_proj.dtype == torch.float16
+
+
+def converted_fused(tmp_path: Path) -> Path:
+    """The folder of an int4 checkpoint that holds the experts as the model does."""
+    model = random_model("MixtralConfig", MIXTRAL)
+    (tmp_path / "source").mkdir()
+    save_file({n: t.clone() for n, t in model.state_dict().items()}, tmp_path / "source" / "model.safetensors")
+    model.config.save_pretrained(tmp_path / "source")
+    convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    return tmp_path / "out"
+
+
+def test_a_model_of_experts_can_be_copied_and_pickled(tmp_path: Path) -> None:
+    model = load(converted(tmp_path, "MixtralConfig", **MIXTRAL))
+    expected = logits(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(again), expected)
+
+
+def test_the_compiler_takes_experts_whole_where_gradients_are_wanted(tmp_path: Path) -> None:
+    model = load(converted(tmp_path, "MixtralConfig", **MIXTRAL))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(IDS).logits.sum().backward()
+    assert model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
+def test_tokens_of_other_processes_experts_are_left_out(tmp_path: Path) -> None:
+    model = load(converted(tmp_path, "MixtralConfig", **MIXTRAL))
+    experts = model.model.layers[0].mlp.experts
+    experts._is_expert_parallel = True
+    x, weights = torch.randn(3, 64), torch.full((3, 2), 0.5)
+    with torch.no_grad():
+        expected = experts(x, torch.tensor([[0, 1], [2, 3], [1, 2]]), weights * torch.tensor([[1, 1], [1, 0], [1, 1]]))
+        found = experts(x, torch.tensor([[0, 1], [2, 4], [1, 2]]), weights)  # 4: an expert elsewhere
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_new_head_may_be_random(tmp_path: Path) -> None:
+    folder = converted(tmp_path)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, variant="i4", num_labels=3)
+    assert model.score.weight.shape == (3, 64)
+    assert sum(isinstance(layer, runtime.Int4Linear) for layer in model.modules()) == 14
+
+
+@pytest.mark.parametrize("order", ["runtime, transformers", "transformers, runtime"])
+def test_the_method_is_known_whatever_is_imported_first(order: str, tmp_path: Path) -> None:
+    folder = converted(tmp_path)
+    program = (
+        f"import {order}\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}, variant='i4')\n"
+        "print(sum(isinstance(layer, runtime.Int4Linear) for layer in model.modules()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "14"
+
+
+def test_a_device_map_may_choose(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    folder = converted(tmp_path)
+    assert torch.equal(logits(load(folder, device_map="auto").cpu()), logits(load(folder)))
 
 
 TENSOR_PARALLEL = """

@@ -36,7 +36,11 @@ class _Watch(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_tell(module: ModuleType) -> None:
-            execute(module)
+            try:
+                execute(module)
+            except BaseException:
+                sys.meta_path.insert(0, self)  # the next try is watched too
+                raise
             self._then()
 
         spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]

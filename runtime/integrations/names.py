@@ -73,7 +73,7 @@ def turns(converter: Any) -> bool:
     )
 
 
-def stored_tensors(files: Sequence[str] | None) -> dict[str, TensorSpec]:
+def read_headers(files: Sequence[str] | None) -> dict[str, TensorSpec]:
     """Every tensor of the shards `files`, by their headers."""
     stored: dict[str, TensorSpec] = {}
     for file in map(Path, files or ()):

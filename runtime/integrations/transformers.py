@@ -14,18 +14,16 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from formats.codec import check_scale
-from formats.errors import CheckpointError, some
-from formats.layout import CODES_PER_WORD, PACKED, ROW_WISE, SCALE, Scheme, TensorSpec, ceil_div
-from formats.manifest import FORMAT_VERSION
-from formats.tensors import spec_of
+from formats.errors import CheckpointError, UsageError, some
+from formats.layout import CODES_PER_WORD, PACKED, SCALE, Scheme, TensorSpec, ceil_div
+from formats.manifest import FORMAT_VERSION, QUANT_METHOD, quantization_config
 from runtime.experts import Int4Experts, release_stack
-from runtime.integrations.names import Targets, keeps_rows, stored_tensors, turns
+from runtime.integrations.names import Targets, keeps_rows, read_headers, turns
+from runtime.integrations.parts import as_buffers, as_parameters, check_part
 from runtime.linear import SUFFIXES, Int4Linear
 from runtime.siblings import join
-from runtime.swap import shape_in, swap
+from runtime.swap import is_conv1d, shape_in, swap
 
-METHOD = "i4"
 INITIALIZED = "_is_hf_initialized"  # what transformers marks tensors and modules with that have their values
 
 
@@ -55,7 +53,7 @@ class Int4Config(QuantizationConfigMixin):  # type: ignore[misc]
                 f"quantization_config: is of format version {format_version}, {bits} bits, with {sorted(unknown)}; "
                 f"this program reads version {FORMAT_VERSION}: upgrade int4-convert"
             )
-        self.quant_method = METHOD
+        self.quant_method = QUANT_METHOD
         self.format_version = format_version
         self.bits = bits
         self.group_size = group_size
@@ -76,7 +74,7 @@ class Int4Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds, field by field as the format says."""
-        return {name: value for name, value in vars(self).items() if name not in self.get_loading_attributes()}
+        return quantization_config(self.scheme)
 
 
 class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
@@ -89,7 +87,7 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         self._swapped: dict[str, nn.Module] = {}  # the linear layers that int4 ones replace, by their paths
-        stored = self.quantization_config.stored or stored_tensors(checkpoint_files)
+        stored = self.quantization_config.stored or read_headers(checkpoint_files)
         taken, kept = Targets(model, self).assign(stored)
         self._kinds = _kinds(model, kept - stored.keys())
         for target, name in taken.items():
@@ -114,7 +112,7 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
              scale_dtype=scale.dtype, activations=chosen.activations)  # fmt: skip
         if len(shape) == 2:
             self._swapped[path] = owner
-            _as_parameters(model.get_submodule(path))
+            as_parameters(model.get_submodule(path))
         else:
             setattr(owner, INITIALIZED, True)  # else transformers would draw weights, and throw them away
 
@@ -126,13 +124,13 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         hooked = False
         for path, layer in model.named_modules():
             if isinstance(layer, Int4Linear):
-                _as_buffers(path, layer)
+                as_buffers(path, layer)
                 layer.arrange()
                 hooked |= hasattr(layer, "_hf_hook") or hasattr(layer, "_is_hooked")  # moved about, or shared out
             elif isinstance(layer, Int4Experts):
                 for name, stack in layer.int4_stacks.items():
                     held = {suffix: layer._parameters.get(name + suffix) for suffix in SUFFIXES}
-                    _check_part(f"{path}.{name}", held, stack.columns, stack.scheme)
+                    check_part(f"{path}.{name}", held, stack.columns, stack.scheme)
         chosen = self.quantization_config
         if chosen.dequantize:
             self._dequantize(model)
@@ -144,7 +142,7 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(layer, Int4Linear):
                 plain: Any = self._swapped[path]
                 weight = layer.dequantize(dtype or layer.weight_dtype)
-                weight = weight.T.contiguous() if type(plain).__name__ == "Conv1D" else weight
+                weight = weight.T.contiguous() if is_conv1d(plain) else weight
                 plain.weight = nn.Parameter(weight, requires_grad=False)
                 plain.bias = layer.bias
                 model.set_submodule(path, plain.train(layer.training))
@@ -205,7 +203,7 @@ def _kinds(model: Any, renamed: set[str]) -> dict[str, torch.dtype]:
 def _is_transposed(target: str, owner: nn.Module, held: Tensor | None, packed: TensorSpec) -> bool:
     """Whether the model means its parameter `target` as [K, N] or [E, K, N], where `packed` has rows of N."""
     if held is None or held.dim() == 2:
-        return type(owner).__name__ == "Conv1D"
+        return is_conv1d(owner)
     if len(packed.shape) == 2:  # stored one by one, as transformers stacks them
         return False
     fits = [packed.shape[1:] == (rows, ceil_div(columns, CODES_PER_WORD))
@@ -223,7 +221,12 @@ def _is_transposed(target: str, owner: nn.Module, held: Tensor | None, packed: T
 def _refuse_random(model: Any) -> None:
     """Raise `CheckpointError` if transformers drew values for what the checkpoint lacks, but for a new head."""
     body = f"{model.base_model_prefix}."
-    names = [name for name, held in model.named_parameters() if not getattr(held, INITIALIZED, False)]
+    parameters = dict(model.named_parameters())
+    if any(held.is_meta for held in parameters.values()):
+        raise UsageError(
+            "device_map: puts a part of the model on the disk, from which int4 layers do not run; use a GPU or the CPU"
+        )
+    names = [name for name, held in parameters.items() if not getattr(held, INITIALIZED, False)]
     if drawn := [name for name in names if model.base_model is model or name.startswith(body)]:
         raise CheckpointError(
             f"{type(model).__name__} would be random where the checkpoint holds nothing: {some(drawn)}; is it the same "
@@ -231,50 +234,9 @@ def _refuse_random(model: Any) -> None:
         )
 
 
-def _as_parameters(layer: Int4Linear) -> None:
-    """Make the weight of `layer` parameters as long as it loads: transformers shards nothing else."""
-    for name in [f"weight{suffix}" for suffix in SUFFIXES]:
-        tensor = layer._buffers.pop(name)
-        layer.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
-
-
-def _as_buffers(path: str, layer: Int4Linear) -> None:
-    """Make the weight of `layer` buffers again: all of it, or with tensor parallelism a part."""
-    held = {suffix: layer._parameters.pop(f"weight{suffix}") for suffix in SUFFIXES}
-    layer.rows, layer.columns = _check_part(f"{path}.weight", held, layer.columns, layer.scheme)
-    for suffix, tensor in held.items():
-        layer.register_buffer(f"weight{suffix}", None if tensor is None else _local(tensor).detach())
-
-
-def _check_part(name: str, held: Mapping[str, Tensor | None], columns: int, scheme: Scheme) -> tuple[int, int]:
-    """The rows and columns that this process holds of the int4 tensor `name`, which has so many `columns` in all.
-
-    Raises `CheckpointError` for scales that cannot be, or a part that cuts a group in two.
-    """
-    parts = {suffix: _local(tensor) for suffix, tensor in held.items() if tensor is not None}
-    check_scale(parts[SCALE])
-    *stack, rows, words = parts[PACKED].shape
-    part = columns if words == ceil_div(columns, CODES_PER_WORD) else words * CODES_PER_WORD
-    whole_groups = part == columns or (scheme.group_size != ROW_WISE and part % scheme.group_size == 0)
-    expected = scheme.stored("", (*stack, rows, part), spec_of(parts[SCALE]).dtype)
-    if not whole_groups or any(tensor.shape != expected[suffix].shape for suffix, tensor in parts.items()):
-        raise CheckpointError(
-            f"{name!r}: has {columns} columns in groups of {scheme.group_size}, a process would hold {rows} rows and "
-            f"{part} columns of it; expected whole groups, and 8 rows that share a word of zero points: use fewer "
-            "processes, or convert the model with a smaller --group-size"
-        )
-    return rows, part
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor that several share."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part
-
-
 def register() -> None:
     """Make transformers know the method `i4`."""
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(METHOD)(Int4Config)
-        auto.register_quantizer(METHOD)(Int4Quantizer)
+    if QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(QUANT_METHOD)(Int4Config)
+        auto.register_quantizer(QUANT_METHOD)(Int4Quantizer)
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (Int4Config,)
