@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 
 from formats.codec import Quantized, pack, unpack, unpack_zero_point
-from formats.interop.base import Layout, Parts, group_setting, multiple_of_eight, nibbles, setting, widened, words_of
+from formats.interop.base import (
+    Layout,
+    Parts,
+    group_setting,
+    is_head,
+    multiple_of_eight,
+    nibbles,
+    setting,
+    widened,
+    words_of,
+)
 from formats.interop.signs import mirrored
 from formats.layout import BITS, CODES_PER_WORD, Scheme, TensorSpec
 
 QWEIGHT, QZEROS, SCALES = "qweight", "qzeros", "scales"
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word is of its row ORDER[i]
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # row i is in its nibble PLACE[i]
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Awq(Layout):
             "group_size": self.scheme.group_size,
             "zero_point": True,
             "version": "gemm",
-            "lm_head": any(name.split(".")[-1] == HEAD for name in quantized),
+            "lm_head": any(map(is_head, quantized)),
             "modules_to_not_convert": list(kept),
         }
         return {"quantization_config": found}

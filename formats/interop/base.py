@@ -13,6 +13,7 @@ from formats.errors import CheckpointError
 from formats.layout import BITS, CODES_PER_WORD, ROW_WISE, Scheme, TensorSpec, ceil_div
 
 Parts = Mapping[str, Tensor]  # the tensors of one matrix, by what stands behind the name of its module
+HEAD = "lm_head"  # the output head, as most models call it
 
 
 @dataclass(frozen=True)
@@ -111,3 +112,8 @@ def group_setting(settings: Mapping[str, Any], name: str = "group_size") -> int:
 def multiple_of_eight(rows: int) -> str | None:
     """Why a format that packs along the rows cannot hold so many, or None."""
     return f"{rows} rows are no multiple of {CODES_PER_WORD}" if rows % CODES_PER_WORD else None
+
+
+def is_head(module: str) -> bool:
+    """Whether the module of that name is the output head."""
+    return module.split(".")[-1] == HEAD

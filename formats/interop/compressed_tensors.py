@@ -15,12 +15,11 @@ from torch import Tensor
 
 from formats.codec import Quantized
 from formats.errors import CheckpointError
-from formats.interop.base import Layout, Parts, group_setting, nibbles, setting, widened, words_of
+from formats.interop.base import HEAD, Layout, Parts, group_setting, is_head, nibbles, setting, widened, words_of
 from formats.layout import BITS, CODE_MIN, CODES_PER_WORD, ROW_WISE, Scheme, TensorSpec, ceil_div
 
 PACKED, SCALE, SHAPE, ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 FORMAT = "pack-quantized"
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class CompressedTensors(Layout):
 
     def config(self, quantized: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
         """See `Layout`; an output head that shares the embedding has no tensor, and is a linear layer nevertheless."""
-        heads = [name for name in (*quantized, *kept) if name.split(".")[-1] == HEAD]
+        heads = [name for name in (*quantized, *kept) if is_head(name)]
         by_rows = self.scheme.group_size == ROW_WISE
         weights = {
             "num_bits": BITS,

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from formats.codec import Quantized, pack
 from formats.errors import CheckpointError
-from formats.interop.base import Layout, Parts, group_setting, multiple_of_eight, nibbles, setting, words_of
+from formats.interop.base import Layout, Parts, group_setting, is_head, multiple_of_eight, nibbles, setting, words_of
 from formats.layout import BITS, CODE_MIN, CODES_PER_WORD, Scheme, TensorSpec
 
 QWEIGHT, QZEROS, SCALES, G_IDX = "qweight", "qzeros", "scales", "g_idx"
 VERSIONS = {"gptq": 1, "gptq_v2": 0}  # what is taken off a zero point before it is stored
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Gptq(Layout):
             "group_size": self.scheme.group_size,
             "sym": self.scheme.symmetric,
             "desc_act": False,
-            "lm_head": any(name.split(".")[-1] == HEAD for name in quantized),
+            "lm_head": any(map(is_head, quantized)),
             "checkpoint_format": self.version,
             "pack_dtype": "int32",
             "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept},
