@@ -24,6 +24,10 @@ SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_atten
 GROUPED = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 2}
 MOE = {**GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 48,
        "num_experts_per_tok": 2}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
 GPT2 = {"vocab_size": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
 DEEPSEEK = {
     **SIZES, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 4, "num_experts_per_tok": 2,
@@ -224,3 +228,26 @@ def compare(out: Path, manifest: Manifest, expected: dict[str, Tensor]) -> None:
         relative = float((values - weight).square().sum() / weight.square().sum())
         assert error.relative_mse == pytest.approx(relative, rel=1e-4)
         assert relative < 0.01
+
+
+def test_a_model_that_sees_keeps_its_vision(tmp_path: Path) -> None:
+    vision = transformers.CLIPVisionConfig(**VISION)
+    text = transformers.LlamaConfig(**GROUPED)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    assert manifest.sizes.quantized == 14
+    assert not any(row.quantized for row in manifest.tensors if "language_model" not in row.name)
+    seen = {
+        "input_ids": torch.tensor([[1, 2, *[63] * 4, 3, 4]]),  # an image has four patches
+        "pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+    }
+    for name, parameter in model.named_parameters():
+        if "language_model" in name and "_proj." in name:
+            quantized = codec.quantize(parameter.detach(), SCHEME, torch.bfloat16)
+            parameter.data = codec.dequantize(quantized, parameter.shape[1], SCHEME)
+    with torch.no_grad():
+        expected, found = model(**seen).logits, runtime.load(tmp_path / "out", device="cpu")(**seen).logits
+    assert torch.allclose(found, expected, atol=1e-4)
