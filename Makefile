@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/oldest
+HARNESS := $(VENV)/harness
 
-.PHONY: demo test oldest lint types docs dist clean
+.PHONY: demo test oldest harness lint types docs dist clean
 
 test: lint types
 	$(BIN)/pytest
@@ -18,6 +19,9 @@ demo: $(READY)
 oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest \
 		tests/test_transformers.py tests/test_architectures.py tests/test_hub.py tests/test_push.py tests/test_card.py
+
+harness: $(HARNESS)/.ready
+	PYTHONPATH=$(CURDIR) $(HARNESS)/bin/python -m pytest tests/test_lm_eval.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,13 +43,19 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-# What is not in the list comes from the other environment, which stands behind this one's own packages.
-$(OLDEST)/.ready: $(READY) constraints-oldest.txt
-	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
-	cd $(OLDEST)/lib/python*/site-packages && echo $(abspath $(VENV))/lib/python*/site-packages > lent.pth
-	$(BIN)/pip --python $(OLDEST)/bin/python install --quiet --disable-pip-version-check \
-		--requirement constraints-oldest.txt
+# What is not installed here comes from the first environment, which stands behind these ones' own packages.
+define borrow
+	$(BIN)/python -m venv --clear --without-pip $(@D)
+	cd $(@D)/lib/python*/site-packages && echo $(abspath $(VENV))/lib/python*/site-packages > lent.pth
+	$(BIN)/pip --python $(@D)/bin/python install --quiet --disable-pip-version-check $(1)
 	touch $@
+endef
+
+$(OLDEST)/.ready: $(READY) constraints-oldest.txt
+	$(call borrow,--requirement constraints-oldest.txt)
+
+$(HARNESS)/.ready: $(READY)
+	$(call borrow,--constraint constraints.txt lm-eval)
 
 clean:
 	rm -rf $(VENV) demo-out build dist *.egg-info
