@@ -21,12 +21,13 @@ from converter.prepared import Prepared, PreparedLayers, Rounded, assembled
 from converter.quantize import CALIBRATED
 from converter.quantize.gptq import Inputs
 from converter.quantize.search import search
+from converter.skeleton import build
 from converter.source import Source
+from formats.architecture import first_line
 from formats.codec import dequantize
 from formats.errors import CheckpointError, Int4Error
 from formats.layout import scale_dtype_for
 from formats.mapping import origins
-from formats.skeleton import build, first_line
 from formats.tensors import TORCH_DTYPES
 
 BATCH_TOKENS = 4096  # in a forward pass of a layer
@@ -59,7 +60,7 @@ class Calibration:
         self.scheme = plan.recipe.scheme
         self.device = device
         self.plans = {tensor.name: tensor for tensor in plan.tensors}
-        self.model: Any = build(source.folder, torch.float32, stored=torch.float32, otherwise=OTHERWISE)
+        self.model: Any = build(source.folder, OTHERWISE)
         self.origins = {target: origin for origin in origins(self.model, self.plans) for target in origin.targets}
         self.prefix, self.layers = decoder_layers(self.model, {
             target for target, origin in self.origins.items()

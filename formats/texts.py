@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from formats.architecture import first_line, import_transformers
 from formats.errors import CheckpointError, UsageError
 from formats.hub import download
-from formats.skeleton import first_line, import_transformers
 
 WIKITEXT_REPO, WIKITEXT_ZIP = "ggml-org/ci", "wikitext-2-raw-v1.zip"
 WIKITEXT_TEST, WIKITEXT_TRAIN = "wikitext-2-raw/wiki.test.raw", "wikitext-2-raw/wiki.train.raw"

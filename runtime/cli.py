@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from formats import __version__
+from formats.architecture import first_line, transformers_bars, with_plain_attention
 from formats.command import Command, complete_folder, echo, quiet_option, run
 from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, UsageError
@@ -18,7 +19,6 @@ from formats.files import publish_bytes
 from formats.layout import ceil_div
 from formats.manifest import read_manifest
 from formats.progress import bar_class
-from formats.skeleton import first_line, transformers_bars, with_plain_attention
 from formats.texts import DATASETS, load_tokenizer, read_text, tokenize, windows_of
 from runtime.evaluate import evaluate
 from runtime.integrations.lm_eval import Harness

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from formats.checkpoint import Checkpoint, StoredTensor
-from formats.devices import parse_device, room_for
-from formats.errors import CheckpointError, Int4Error
-from formats.hub import download
-from formats.manifest import Manifest, quantization_config
-from formats.skeleton import (
+from formats.architecture import (
     BUILDING,
     architecture_of,
     cannot_build,
@@ -22,6 +17,11 @@ from formats.skeleton import (
     transformers_bars,
     with_plain_attention,
 )
+from formats.checkpoint import Checkpoint, StoredTensor
+from formats.devices import parse_device, room_for
+from formats.errors import CheckpointError, Int4Error
+from formats.hub import download
+from formats.manifest import Manifest, quantization_config
 from formats.tensors import TORCH_DTYPES
 from runtime.fill import refuse_misfit
 from runtime.siblings import join as join_siblings

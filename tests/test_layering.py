@@ -33,9 +33,9 @@ FLOORS: dict[str, set[str]] = {
     "formats.progress": {"tqdm"},
     "formats.hub": {"formats.errors", "formats.progress", "huggingface_hub"},
     "formats.command": {"formats.errors", "formats.progress", "click"},
-    "formats.skeleton": {"formats.errors", "formats.progress", "torch", "transformers"},
+    "formats.architecture": {"formats.errors", "formats.progress", "transformers"},
     "formats.mapping": {"torch", "transformers"},
-    "formats.texts": {"formats.errors", "formats.hub", "formats.skeleton", "torch"},
+    "formats.texts": {"formats.errors", "formats.hub", "formats.architecture", "torch"},
 }
 FLOORS["formats.manifest"] = {
     "formats.container", "formats.errors", "formats.files", "formats.layout", "formats.records", "formats.sizes",

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from formats.architecture import first_line
 from formats.errors import TemporaryError, UsageError, some
 from formats.progress import bar_class, draws_bars
-from formats.skeleton import first_line
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,15 @@
-"""The model that a checkpoint is of, built through transformers with its parameters on meta: a form without weights."""
+"""What transformers knows of the model of a checkpoint; no code of its folder is run."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from formats.errors import CheckpointError, UsageError
 from formats.progress import draws_bars
 
-BUILDING = threading.RLock()  # one model at a time: `parameters_on_meta` changes torch itself
-
-
-def build(folder: Path, dtype: torch.dtype | None, *, stored: torch.dtype, otherwise: str) -> Any:
-    """The transformers model of `folder`, in evaluation mode, its parameters on meta; no code of the folder is run.
-
-    Its type is `dtype`, or else that of its configuration, or else `stored`. Raises `UsageError` without transformers
-    and `CheckpointError` where they cannot build it, with what to do `otherwise`.
-    """
-    architecture, config = architecture_of(folder, otherwise)
-    kind = dtype or getattr(config, "dtype", None) or stored
-    try:
-        with BUILDING:
-            model = with_plain_attention(partial(_build, architecture, config, kind))
-        read_generation_config(model, folder)
-    except Exception as error:  # a configuration is data from outside: whatever transformers makes of it
-        raise cannot_build(folder, error, otherwise) from None
-    return model.eval()
+BUILDING = threading.RLock()  # one model at a time: torch and transformers are changed meanwhile
 
 
 def architecture_of(folder: Path, otherwise: str) -> tuple[Any, Any]:
@@ -107,38 +86,6 @@ def _architecture(config: Any) -> Any:
     if not known:
         raise ValueError(f"this transformers has no architecture {names!r}")
     return architecture
-
-
-def _build(architecture: Any, config: Any, dtype: torch.dtype, attn_implementation: str) -> Any:
-    with parameters_on_meta(dtype):
-        # In fp32, so that tables are computed as from_pretrained computes them; parameters take `dtype`.
-        model = architecture._from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
-    model.config.dtype = dtype
-    return model
-
-
-@contextmanager
-def parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, parameters land on meta in `dtype` as this thread registers them, while buffers are computed for real.
-
-    So tables such as rotary frequencies, which no checkpoint holds, are right without knowing any of them (the method
-    is that of accelerate's init_empty_weights).
-    """
-    register = nn.Module.register_parameter
-    thread = threading.get_ident()
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None and not param.is_meta and threading.get_ident() == thread:
-            kind = dtype if param.is_floating_point() else param.dtype
-            empty = torch.empty_like(param, dtype=kind, device="meta")
-            self._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def first_line(error: Exception) -> str:
