@@ -106,7 +106,7 @@ def _sizes(manifest: Manifest) -> str:
         ("all tensors, MB", f"{sizes.source_bytes / 1e6:,.1f}", f"{sizes.stored_bytes / 1e6:,.1f}"),
         (f"bits a weight, of {sizes.quantized} matrices", f"{before:.2f}", f"{sizes.bits_per_weight:.2f}"),
     ]
-    return _table(("", "source", "int4"), rows)
+    return _table(("", "unquantised", "int4"), rows)
 
 
 def _recipe(manifest: Manifest) -> str:

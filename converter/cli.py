@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from converter.calibrate import LayerReport
-from converter.convert import DEFAULT_GROUP_SIZE, convert, recipe_for
+from converter.convert import DEFAULT_GROUP_SIZE, RELAYOUT, convert, recipe_for
 from converter.engines import ENGINES
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
@@ -30,7 +30,7 @@ from formats.command import Command, complete_folder, echo, quiet_option, run
 from formats.devices import keep_freed_memory, parse_devices, peak_memory
 from formats.errors import Int4Error, UsageError, some
 from formats.layout import MAX_SIZE
-from formats.manifest import CalibrationRecord, FileRecord, Manifest
+from formats.manifest import CalibrationRecord, FileRecord, Manifest, Recipe
 from formats.progress import Bar, bar_class
 from formats.sizes import Sizes
 from formats.texts import calibration_text, drawn_windows, tokenize
@@ -225,7 +225,9 @@ def _print_summary(
     elif not quiet:
         memory = f"{host / 1e9:.1f} GB of memory" + (f" and {gpu / 1e9:.1f} GB of the GPU's" if gpu else "")
         where = ", ".join(map(str, devices))
-        echo(f"{out_dir}: {_sentence(manifest.sizes)}, {seconds:.1f} s on {where} with at most {memory}")
+        echo(
+            f"{out_dir}: {_sentence(manifest.recipe, manifest.sizes)}, {seconds:.1f} s on {where} with at most {memory}"
+        )
 
 
 def _show_layer(bar: Bar, report: LayerReport) -> None:
@@ -238,12 +240,13 @@ def _show_layer(bar: Bar, report: LayerReport) -> None:
             bar.write(f"{why}, so by search: {some(names)}", file=sys.stderr)
 
 
-def _sentence(sizes: Sizes) -> str:
+def _sentence(recipe: Recipe, sizes: Sizes) -> str:
     before, after = sizes.source_bytes, sizes.stored_bytes
-    return (
-        f"{sizes.quantized} tensors quantised at {sizes.bits_per_weight:.2f} bits a weight, {sizes.kept} kept, "
-        f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / max(after, 1):.2f} times smaller)"
-    )
+    rest = f"at {sizes.bits_per_weight:.2f} bits a weight, {sizes.kept} kept"
+    if recipe.method.startswith(RELAYOUT):  # of what was int4 before nothing became smaller
+        return f"{sizes.quantized} tensors taken over {rest}, {after / 1e6:,.1f} MB"
+    smaller = f"{before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB ({before / max(after, 1):.2f} times smaller)"
+    return f"{sizes.quantized} tensors quantised {rest}, {smaller}"
 
 
 def _print_plan(plan: Plan, source: Source, expected: Forecast | None, as_json: bool) -> None:
@@ -257,7 +260,7 @@ def _print_plan(plan: Plan, source: Source, expected: Forecast | None, as_json: 
     for tensor in plan.tensors:
         row = f"{'int4' if tensor.quantized else 'keep'}  {tensor.name}  {tensor.spec}  ({tensor.reason})"
         echo(f"{row}  -> {verdicts[tensor.name]}" if tensor.name in verdicts else row)
-    echo(f"would write: {_sentence(plan.sizes)}")
+    echo(f"would write: {_sentence(plan.recipe, plan.sizes)}")
     download = f"{needs['download_bytes'] / 1e6:,.1f} MB to download" if source.revision else "nothing to download"
     echo(f"would need: {download}, {needs['disk_bytes'] / 1e6:,.1f} MB of disk for the output, {memory_needed(plan)}")
     if expected is not None:

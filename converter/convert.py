@@ -26,6 +26,7 @@ from formats.manifest import CalibrationRecord, FileRecord, Manifest, Recipe
 from formats.records import to_json
 from formats.strict_json import canonical
 
+RELAYOUT = "relayout of "  # what the method of a source is called that was int4 before
 DEFAULT_GROUP_SIZE = 256
 CONVERTER = f"int4-convert {__version__}"
 
@@ -69,7 +70,7 @@ def recipe_for(
             f"{some(changing)} out, or convert the model that it was made from"
         )
     scheme = Scheme(size, layout.scheme.symmetric if symmetric is None else symmetric)
-    return make_recipe(scheme, f"relayout of {layout.name}", (), ())
+    return make_recipe(scheme, RELAYOUT + layout.name, (), ())
 
 
 def convert(

@@ -105,7 +105,7 @@ def test_a_model_goes_to_another_format_and_back(call: Call, tmp_path: Path) -> 
     assert call("int4-convert", source, first, "--group-size", 32).code == 0
     assert call("int4-export", first, theirs, "--to", "gptq").code == 0
     assert call("int4-convert", theirs, second, "--method", "absmax").code == 2
-    assert call("int4-convert", theirs, second, "--group-size", 32).code == 0
+    assert "1 tensors taken over at 4.50 bits a weight, 0 kept, 0.0 MB," in call("int4-convert", theirs, second).out
     assert "relayout of gptq, symmetric, groups of 32" in call("int4-inspect", second, "--verify", "--errors").out
     assert (first / "model.i4.safetensors").read_bytes() == (second / "model.i4.safetensors").read_bytes()
 
