@@ -76,9 +76,11 @@ class Int4Experts(nn.Module):
         """Σ over the chosen experts e of weight[e] · expert e(x): x [M, K], index and weights [M, chosen] → [M, K]."""
         chosen = top_k_index.shape[-1]
         expert, order = top_k_index.flatten().sort(stable=True)
-        y = self._product(first, hidden_states[order // chosen], expert)
+        numbers = torch.arange(len(self.quantized(first).packed), device=expert.device, dtype=expert.dtype)
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+        y = self._product(first, hidden_states[order // chosen], expert, ends)
         y = self._apply_gate(y) if getattr(self, "has_gate", True) else self.act_fn(y)
-        y = self._product("down_proj", y, expert)
+        y = self._product("down_proj", y, expert, ends)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         y = y * top_k_weights.flatten()[order].unsqueeze(-1)
@@ -86,12 +88,9 @@ class Int4Experts(nn.Module):
         back[order] = torch.arange(len(order), device=order.device)
         return y[back].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
 
-    def _product(self, name: str, x: Tensor, expert: Tensor) -> Tensor:
-        """x [S, K] · Ŵ[expert]ᵀ + bias[expert] → [S, N], for rows in the order of their `expert` [S]."""
+    def _product(self, name: str, x: Tensor, expert: Tensor, ends: Tensor) -> Tensor:
+        """x [S, K] · Ŵ[expert]ᵀ + bias[expert] → [S, N]; rows stand in the order of their `expert` [S]."""
         matrix = self.quantized(name)
-        ends = torch.searchsorted(
-            expert, torch.arange(len(matrix.packed), device=expert.device, dtype=expert.dtype), right=True
-        )
         group_size = self.int4_stacks[name].scheme.group_size
         y = int4_grouped_linear(x, ends, matrix.packed, matrix.scale, matrix.zero_point, group_size)
         bias = getattr(self, f"{name}_bias", None)

@@ -37,7 +37,7 @@ TARGETS = {
 POINTERS = {
     "w_ptr": "*bf16", "x_ptr": "*bf16", "y_ptr": "*bf16", "bias_ptr": "*bf16", "packed_ptr": "*i32",
     "words_ptr": "*i32", "scale_ptr": "*bf16", "zero_ptr": "*i32", "bad_ptr": "*i32", "partial_ptr": "*fp32",
-    "ends_ptr": "*i64",
+    "ends_ptr": "*i32",
 }  # fmt: skip
 FP32 = dict.fromkeys(("wanted_ptr", "before_ptr", "pull_ptr", "scale_ptr", "zero_ptr", "lost_ptr"), "*fp32")
 ALIGNED = (*POINTERS, "N", "K", "words", "columns")  # multiples of 16 where shapes are, as Triton finds at a launch
