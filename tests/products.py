@@ -47,6 +47,17 @@ def exact_product(x: Tensor, quantized: codec.Quantized, bias: Tensor | None, sc
     return x.double() @ weight.T + (0 if bias is None else bias.double())
 
 
+def exact_grouped_product(x: Tensor, ends: Tensor, stack: codec.Quantized, scheme: Scheme) -> Tensor:
+    """Each row of x · Ŵᵀ of its own expert in fp64; expert e's rows end behind `ends[e]`."""
+    y = torch.zeros(len(x), stack.packed.shape[1], dtype=torch.float64, device=x.device)
+    begin = 0
+    for expert, end in enumerate(ends.tolist()):
+        one = codec.Quantized(*(None if part is None else part[expert] for part in vars(stack).values()))
+        y[begin:end] = exact_product(x[begin:end], one, None, scheme)
+        begin = end
+    return y
+
+
 def distance(found: Tensor, exact: Tensor) -> float:
     """‖found − exact‖ / ‖exact‖ in the wider of fp32 and the type of `exact`."""
     exact = exact.to(torch.promote_types(exact.dtype, torch.float32))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from checkpoints import random
-from products import TOLERANCE, distance, exact_product
+from products import TOLERANCE, distance, exact_grouped_product
 from torch import Tensor
 
 from formats import codec
@@ -23,16 +23,6 @@ def operands(ends: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, device: 
     return x.to(device), torch.tensor(ends, device=device), stack
 
 
-def exact(x: Tensor, ends: Tensor, stack: codec.Quantized, scheme: Scheme) -> Tensor:
-    y = torch.zeros(len(x), stack.packed.shape[1], dtype=torch.float64, device=x.device)
-    begin = 0
-    for expert, end in enumerate(ends.tolist()):
-        one = codec.Quantized(*(None if t is None else t[expert] for t in vars(stack).values()))
-        y[begin:end] = exact_product(x[begin:end], one, None, scheme)
-        begin = end
-    return y
-
-
 def check(
     ends: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, device: str, product, rows=70, columns=172
 ) -> None:
@@ -40,7 +30,7 @@ def check(
     y = product(x, where, stack)
     assert y.dtype == dtype
     if ends[-1]:
-        assert distance(y, exact(x, where, stack, scheme)) <= TOLERANCE[dtype]
+        assert distance(y, exact_grouped_product(x, where, stack, scheme)) <= TOLERANCE[dtype]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for a GPU")
@@ -64,7 +54,9 @@ def test_gradients_reach_the_rows() -> None:
     x = x.float().requires_grad_()
     y = int4_grouped_linear(x, ends, *vars(stack).values(), scheme.group_size)
     (found,) = torch.autograd.grad(y.sum(), x)
-    rows = exact(torch.eye(64), torch.tensor([0, 0, 64, 64]), stack, scheme)  # of the third expert: [K, N]
+    rows = exact_grouped_product(
+        torch.eye(64), torch.tensor([0, 0, 64, 64]), stack, scheme
+    )  # of the third expert: [K, N]
     assert torch.allclose(found[5:40], rows.sum(1).float().expand(35, 64), atol=1e-4)
 
 

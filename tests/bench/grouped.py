@@ -11,7 +11,7 @@ from typing import Any
 import click
 import tables
 import torch
-from products import distance
+from products import distance, exact_grouped_product
 from timing import copies_for, graph_time
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def measure(m: int, n: int, k: int, experts: int, chosen: int, scheme: Scheme) -
     weight = (torch.randn(experts, n, k, device="cuda") * 0.02).bfloat16()
     stack = quantized(weight, scheme)
     int4 = partial(int4_grouped_linear, x, ends, zero_point=None, group_size=scheme.group_size)
-    error = distance(int4(packed=stack.packed, scale=stack.scale), exact(x, ends, stack, scheme))
+    error = distance(int4(packed=stack.packed, scale=stack.scale), exact_grouped_product(x, ends, stack, scheme))
     copies = [(stack.packed.clone(), stack.scale) for _ in range(copies_for(stack.packed.nbytes))]
     us = graph_time([partial(int4, packed=packed, scale=scale) for packed, scale in copies])
     offsets = ends.to(torch.int32)
@@ -88,18 +88,6 @@ def quantized(weight: Tensor, scheme: Scheme) -> codec.Quantized:
     matrices = [codec.quantize(matrix, scheme, weight.dtype) for matrix in weight]
     return codec.Quantized(torch.stack([one.packed for one in matrices]), torch.stack([one.scale for one in matrices]),
                            None)  # fmt: skip
-
-
-def exact(x: Tensor, ends: Tensor, stack: codec.Quantized, scheme: Scheme) -> Tensor:
-    """The product in fp32 from the dequantised weights, expert by expert."""
-    y = torch.empty(len(x), stack.packed.shape[1], device=x.device)
-    begin = 0
-    for expert, end in enumerate(ends.tolist()):
-        if end > begin:
-            one = codec.Quantized(stack.packed[expert], stack.scale[expert], None)
-            y[begin:end] = x[begin:end].float() @ codec.dequantize(one, x.shape[1], scheme).T
-        begin = end
-    return y
 
 
 if __name__ == "__main__":
