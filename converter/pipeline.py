@@ -233,11 +233,7 @@ class Conversion:
 
     def record(self, file: str) -> TensorRecord:
         """The row of the manifest, once all is hashed."""
-        plan, spec = self.plan, self.plan.spec
-        digests = tuple(digest.hexdigest() for digest in self.digests.values())
-        return TensorRecord(
-            plan.name, spec.dtype, spec.shape, plan.quantized, plan.reason, file, digests, self._error, plan.transposed
-        )
+        return self.plan.record(file, self.digests, self._error)
 
     def _quantized(self, stored: Tensor) -> Iterator[Quantized]:
         """The next stored rows, quantised in blocks that suit the device.

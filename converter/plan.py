@@ -1,7 +1,8 @@
 """What happens to each tensor, and why: decided before any work."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from converter.orientation import orientations
@@ -9,7 +10,7 @@ from converter.source import Source
 from formats.container import MAX_NAME_BYTES
 from formats.errors import CheckpointError, UsageError
 from formats.layout import TensorSpec, stored_tensors
-from formats.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_SUFFIX, Recipe
+from formats.manifest import INDEX_NAME, MANIFEST_NAME, SHARD_SUFFIX, ErrorRecord, Recipe, TensorRecord
 from formats.selection import kept_by_default, matches, never_quantized
 from formats.sizes import Sizes, sizes_of
 
@@ -35,6 +36,13 @@ class TensorPlan:
     def matrix(self) -> TensorSpec:
         """Type and shape with rows of output features: [N, K], or [E, N, K] of a stack."""
         return self.spec.turned if self.transposed else self.spec
+
+    def record(self, file: str, digests: Mapping[str, "hashlib._Hash"], error: ErrorRecord | None) -> TensorRecord:
+        """Its row of the manifest, once it stands in `file` and all that is stored for it is in `digests`."""
+        return TensorRecord(
+            self.name, self.spec.dtype, self.spec.shape, self.quantized, self.reason, file,
+            tuple(digest.hexdigest() for digest in digests.values()), error, self.transposed,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

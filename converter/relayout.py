@@ -51,6 +51,4 @@ class Relayout:
 
     def record(self, file: str) -> TensorRecord:
         """The row of the manifest, once all is hashed; what was lost before is not known."""
-        plan = self.plan
-        digests = tuple(digest.hexdigest() for digest in self.digests.values())
-        return TensorRecord(plan.name, plan.spec.dtype, plan.spec.shape, True, plan.reason, file, digests, None)
+        return self.plan.record(file, self.digests, None)
