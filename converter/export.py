@@ -1,6 +1,5 @@
 """The way out: an int4 checkpoint in the layout of another format, proven to hold the same weights."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from formats.interop.groups import can_split
 from formats.layout import CODES_PER_WORD, Scheme, TensorSpec
 from formats.manifest import INDEX_NAME, SHARD_SUFFIX, Manifest, TensorRecord
 from formats.selection import never_quantized
-from formats.strict_json import parse_object
+from formats.strict_json import parse_object, readable
 from formats.tensors import bytes_of
 
 
@@ -81,12 +80,12 @@ def export(
         if len(files) > 1:
             weight_map = {name: _file_name(shard) for shard, specs in files.items() for name in specs}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            publish_bytes(out_dir / TARGET_INDEX_NAME, _json(index))
+            publish_bytes(out_dir / TARGET_INDEX_NAME, readable(index))
         for name in side_files:
             make_folder((out_dir / name).parent)
             with publish(out_dir / name) as file:
                 file.copy(checkpoint.folder / name, link_roots(checkpoint.folder))
-        publish_bytes(out_dir / CONFIG_NAME, _json(config))
+        publish_bytes(out_dir / CONFIG_NAME, readable(config))
     found, size = manifest.sizes, target.layout.scheme.group_size
     return Exported(to, size, found.quantized, len(proofs), found.kept, total, all(proofs))
 
@@ -215,7 +214,3 @@ def _settings(manifest: Manifest, target: Target) -> dict[str, Any]:
     kept = (row for row in manifest.tensors if not row.quantized and never_quantized(row.name, row.spec) is None)
     modules = dict.fromkeys(module_of(target.renamed(row.name)) for row in kept)
     return target.layout.config(quantized, [*modules])
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,7 +1,6 @@
 """The output folder: empty or ours, locked while we write, and finished only when the manifest stands in it."""
 
 import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -42,7 +41,7 @@ from formats.manifest import (
     read_manifest,
 )
 from formats.records import to_json
-from formats.strict_json import canonical
+from formats.strict_json import canonical, readable
 
 LOCK_NAME = ".int4-convert.lock"
 RECORDS = (LOCK_NAME, JOURNAL_NAME, MANIFEST_NAME)
@@ -152,7 +151,7 @@ class OutputDir:
         """The source's configuration, with what a loader has to know about the weights."""
         quantization = quantization_config(self.plan.recipe.scheme)
         config = {**(self.source.config or {}), "quantization_config": quantization}
-        return (json.dumps(config, indent=2) + "\n").encode()
+        return readable(config)
 
     def _write(self, name: str, data: bytes) -> None:
         with publish(self.folder / name) as file:

@@ -209,8 +209,7 @@ def _read_config(folder: Path, roots: tuple[Path, ...]) -> dict[str, Any] | None
     path = folder / CONFIG_NAME
     if not path.exists():
         return None
-    config = parse_object(read_small(path, roots), str(path), constants=True)
-    return config
+    return parse_object(read_small(path, roots), str(path), constants=True)
 
 
 def _dtype(config: dict[str, Any] | None) -> str:

@@ -36,3 +36,8 @@ def parse_object(raw: bytes, where: str, *, constants: bool = False) -> dict[str
 def canonical(value: Any) -> bytes:
     """The one text of `value`: sorted keys, two spaces of indent, ASCII, a final newline."""
     return (json.dumps(value, sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
+
+
+def readable(value: Any) -> bytes:
+    """A text of `value` for files that other programs have too: keys as they stand, two spaces of indent."""
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,7 +1,6 @@
 """`int4-eval`: perplexity, divergence, speed, size and tasks of an int4 checkpoint."""
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from formats.files import publish_bytes
 from formats.layout import ceil_div
 from formats.manifest import read_manifest
 from formats.progress import bar_class
+from formats.strict_json import readable
 from formats.texts import DATASETS, load_tokenizer, read_text, tokenize, windows_of
 from runtime.evaluate import evaluate
 from runtime.integrations.lm_eval import Harness
@@ -141,7 +141,7 @@ def command(
     if not quiet:
         echo("\n\n".join(page))
     if json_file is not None:
-        publish_bytes(json_file, (json.dumps(fields, indent=2) + "\n").encode())
+        publish_bytes(json_file, readable(fields))
     if report is not None:
         lengths = tokens[: seq_len * batch_size]  # no longer windows than those of the evaluation
         write_report(report, checkpoint, page[0], result, manifest,
