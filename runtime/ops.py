@@ -217,8 +217,11 @@ def in_format(matrix: Quantized, columns: int) -> Quantized:
 
 
 def dequantized(quantized: Quantized, columns: int, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Ŵ as `dtype`, [N, K] or a stack [E, N, K], by one kernel on a GPU; the bits are the codec's."""
-    if quantized.packed.numel() and has_triton(quantized.packed.device):
+    """Ŵ as `dtype`, [N, K] or a stack [E, N, K], by one kernel on a GPU; the bits are the codec's.
+
+    Where a model's own code reads a weight, a compiler traces this: it gets the codec, which it makes one kernel of.
+    """
+    if not torch.compiler.is_compiling() and quantized.packed.numel() and has_triton(quantized.packed.device):
         from runtime.kernels.dequantize import dequantize as by_kernel
 
         return by_kernel(quantized, columns, scheme, dtype)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from checkpoints import random
 from torch import nn
+from torch.nn import functional as F
 
 from formats import codec
 from formats.errors import NonFiniteError, UsageError
@@ -240,3 +241,12 @@ def test_an_arranged_layer_takes_other_types_too(dtype: torch.dtype) -> None:
     x = random(20, 512, dtype=dtype).cuda()
     expected = x.double() @ int4.dequantize(torch.float64).T + int4.bias.double()
     assert (int4(x).double() - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.filterwarnings("error:Dynamo detected")
+def test_a_compiler_traces_a_weight_that_is_read() -> None:
+    layer = Int4Linear.from_linear(nn.Linear(64, 32), Scheme(32))
+    x = torch.randn(3, 64)
+    compiled = torch.compile(lambda x: F.linear(x, layer.weight), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(x), F.linear(x, layer.weight), atol=1e-6)
