@@ -211,6 +211,7 @@ layer = model.model.layers[0].self_attn.q_proj
 with torch.no_grad():
     logits = model(torch.arange(20, device=sys.argv[3])[None]).logits.cpu()
 torch.save((logits, type(layer).__name__, list(layer.weight_packed.shape)), f"{sys.argv[1]}/{os.environ['RANK']}.pt")
+torch.distributed.destroy_process_group()  # else gloo's threads may outlive the interpreter, and abort
 """
 
 
