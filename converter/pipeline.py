@@ -140,7 +140,7 @@ def spans(entry: Entry, tensor: "Conversion | Relayout | None") -> Iterator[tupl
 
 def decoder(source: Source, name: str) -> Callable[[Tensor, int], Tensor] | None:
     """What makes rows of the model of stored rows, and the number of their first, where they differ."""
-    return partial(source.fp8[name].decode, scales=source.read_scales(name)) if name in source.fp8 else None
+    return partial(source.decoded, name) if name in source.fp8 else None
 
 
 def conversion(

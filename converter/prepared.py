@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.codec import Quantized
-from formats.container import SUFFIX, Container, Writer
+from formats.container import SUFFIX, Container, Header, Writer
 from formats.errors import CheckpointError
 from formats.files import clear_folder, make_folder, publish
 from formats.layout import PACKED, SCALE, ZERO_POINT
@@ -53,6 +53,7 @@ class PreparedLayers:
         self.folder = out_dir / FOLDER_NAME
         self.key = key
         self._file_of: dict[str, Path] = {}
+        self._headers: dict[Path, Header] = {}  # of those files
 
     def read_layer(self, index: int) -> dict[str, Prepared] | None:
         """The matrices of a layer by their names, or None if it is still to be made."""
@@ -90,7 +91,9 @@ class PreparedLayers:
         """The matrix `name`, or None where calibration had none of that name."""
         if name not in self._file_of:
             return None
-        with Container(self._file_of[name]) as container:
+        path = self._file_of[name]
+        with Container(path, known=self._headers.get(path)) as container:
+            self._headers[path] = container.header
             return _read(container, name, _errors(container)[name])
 
     def clear(self) -> None:

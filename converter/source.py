@@ -86,7 +86,7 @@ class Source:
         """A tensor as the model has it; not one that is `packed`."""
         with self.open(self.shard_of[name]) as container:
             tensor = read_tensor(container, name)
-        return self.fp8[name].decode(tensor, 0, self.read_scales(name)) if name in self.fp8 else tensor
+        return self.decoded(name, tensor, 0) if name in self.fp8 else tensor
 
     def matrices(self, name: str) -> Iterator[Tensor]:
         """The matrices of a tensor as the model has them, one after the other: a stack may be larger than memory."""
@@ -101,9 +101,10 @@ class Source:
                 container.read_into(memoryview(data), start)
                 yield tensor_from(data, spec)
 
-    def read_scales(self, name: str) -> Tensor:
-        """The scales of a tensor in FP8."""
-        return self._read_beside(name, self.fp8[name].shard, self.fp8[name].scale)
+    def decoded(self, name: str, rows: Tensor, first: int) -> Tensor:
+        """Stored `rows` of a tensor in `fp8`, from `first` on, as the model has them."""
+        stored = self.fp8[name]
+        return stored.decode(rows, first, self._read_beside(name, stored.shard, stored.scale))
 
     def stored_name(self, name: str) -> str:
         """The tensor of its file that is read, chunk by chunk, for the tensor `name` of the model."""

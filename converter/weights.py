@@ -63,6 +63,7 @@ class FolderWeights:
     def __init__(self, folder: Path, roots: tuple[Path, ...]) -> None:
         self.folder = folder
         self.roots = roots
+        self._headers: dict[str, Header] = {}
 
     def names(self) -> list[str]:
         """See `Weights`."""
@@ -75,7 +76,8 @@ class FolderWeights:
     def header(self, name: str) -> dict[str, TensorSpec]:
         """See `Weights`."""
         with self.open(name) as container:
-            return container.header.specs
+            self._headers[name] = container.header
+        return container.header.specs
 
     def missing_bytes(self, name: str) -> int:
         """See `Weights`."""
@@ -86,7 +88,7 @@ class FolderWeights:
 
     def open(self, name: str) -> Container:
         """See `Weights`."""
-        return Container(self.folder / name, self.roots)
+        return Container(self.folder / name, self.roots, self._headers.get(name))
 
     def read(self, name: str, tensor: str) -> Tensor:
         """See `Weights`."""
@@ -148,7 +150,7 @@ class HubWeights:
     def open(self, name: str) -> Container:
         """See `Weights`."""
         path = self._path(name)
-        return Container(path, link_roots(path.parents[name.count("/")]))
+        return Container(path, link_roots(path.parents[name.count("/")]), self._headers.get(name))
 
     def read(self, name: str, tensor: str) -> Tensor:
         """See `Weights`: where weights are staged, by a range request, because a whole file would be one too many."""

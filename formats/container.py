@@ -56,18 +56,27 @@ class Header:
         """Type and shape of every tensor, in the order of their bytes."""
         return {name: entry.spec for name, entry in self.tensors.items()}
 
+    @property
+    def file_size(self) -> int:
+        """Bytes of the whole file."""
+        return max((entry.end for entry in self.tensors.values()), default=len(self.raw))
+
 
 class Container:
-    """A safetensors file opened for reading; raises `CheckpointError` where `parse_header` does."""
+    """A safetensors file opened for reading; raises `CheckpointError` where `parse_header` does.
 
-    def __init__(self, path: Path, roots: Sequence[Path] = ()) -> None:
+    A header that is `known`, from the file having been open before, is not parsed again if the file still has it: with
+    many thousand tensors that takes a second.
+    """
+
+    def __init__(self, path: Path, roots: Sequence[Path] = (), known: Header | None = None) -> None:
         self.path = path
         self._fd = open_regular(path, roots)
         try:
             with reading(path):
                 self._opened = os.fstat(self._fd)
             self.size = self._opened.st_size
-            self.header = parse_header(self._beginning, self.size, str(path))
+            self.header = known if known is not None and self._has(known) else self._parsed()
         except BaseException:
             self.close()
             raise
@@ -142,6 +151,12 @@ class Container:
         view = buffer[: end - start]
         self.read_into(view, start)
         return view
+
+    def _has(self, header: Header) -> bool:
+        return header.file_size == self.size and self._beginning(len(header.raw)) == header.raw
+
+    def _parsed(self) -> Header:
+        return parse_header(self._beginning, self.size, str(self.path))
 
     def _beginning(self, size: int) -> bytearray:
         data = bytearray(size)

@@ -93,6 +93,19 @@ def test_an_error_says_what_was_found_in_few_words(entry: dict[str, object], tmp
     assert len(str(caught.value)) < 500 + len(str(tmp_path))
 
 
+def test_a_header_that_was_known_counts_only_as_long_as_the_file_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": random(3, 5)}, path)
+    with Container(path) as container:
+        known = container.header
+    with Container(path, known=known) as container:
+        assert container.header is known
+    for other in ({"b": random(3, 5)}, {"a": random(3, 5), "b": random(2)}):
+        save_file(other, path)
+        with Container(path, known=known) as container:
+            assert container.tensors.keys() == other.keys()
+
+
 def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"a": random(3, 5), "b": random(2)}, path)

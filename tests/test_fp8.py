@@ -11,6 +11,7 @@ from torch import Tensor
 
 from converter import pipeline
 from converter.source import open_source
+from formats import container
 from formats.errors import CheckpointError
 from formats.layout import Scheme
 from formats.manifest import read_manifest
@@ -71,6 +72,23 @@ def test_an_empty_matrix_is_kept(tmp_path: Path) -> None:
     save_file(tensors, fp8 / "model.safetensors")
     rows = {row.name: row for row in convert_folder(fp8, tmp_path / "out").tensors}
     assert (rows["e.weight"].dtype, rows["e.weight"].shape, rows["e.weight"].quantized) == ("BF16", (0, 8), False)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 7])
+def test_a_header_is_parsed_once_however_many_matrices_need_it(
+    tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp8, _ = checkpoints(tmp_path, shards)
+    parsed: list[str] = []
+
+    def counted(read: object, size: int, where: str) -> container.Header:
+        parsed.append(where)
+        return parse_header(read, size, where)  # type: ignore[arg-type]
+
+    parse_header = container.parse_header
+    monkeypatch.setattr(container, "parse_header", counted)
+    convert_folder(fp8, tmp_path / "out")
+    assert sorted(parsed) == sorted(map(str, fp8.glob("*.safetensors")))
 
 
 def test_progress_counts_the_bytes_of_the_model(tmp_path: Path) -> None:
