@@ -6,19 +6,19 @@ hidden folder, so that shards can be written at the same time and by several pro
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from converter.plan import Plan
+from converter.plan import Plan, ShardPlan
 from formats.errors import CheckpointError
 from formats.files import clear_folder, link_roots, make_folder, publish_bytes, read_small
-from formats.manifest import FileRecord, Manifest, Recipe, SourceRecord, TensorRecord
+from formats.manifest import SHARD_SUFFIX, FileRecord, Manifest, Recipe, SourceRecord, TensorRecord
 from formats.records import from_json, to_json
 from formats.strict_json import canonical, parse_object
 
 JOURNAL_NAME = ".int4-convert.json"
 SHARDS_NAME = ".int4-convert-shards"
-OURS = re.compile(r".+\.json")
+OURS = re.compile(rf"model(-\d+-of-\d+)?{re.escape(SHARD_SUFFIX)}\.json")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ class ShardRecord:
     file: FileRecord
     source: FileRecord
     tensors: tuple[TensorRecord, ...]
+
+    def carries_out(self, shard: ShardPlan) -> bool:
+        """Whether it is a record of what `shard` plans, of the same tensors in the same forms."""
+        planned = {tensor.record(shard.output, {}, None) for tensor in shard.tensors}
+        written = {replace(row, sha256=(), error=None) for row in self.tensors}
+        return (self.file.name, self.source.name, written) == (shard.output, shard.source, planned)
 
 
 def read_journal(path: Path, plan: Plan) -> tuple[Journal, dict[str, ShardRecord]]:

@@ -15,7 +15,7 @@ from converter.journal import JOURNAL_NAME, Journal, ShardRecord, ShardRecords, 
 from converter.plan import Plan, ShardPlan
 from converter.source import CONFIG_NAME, Source
 from formats.container import Writer
-from formats.errors import CheckpointError, Int4Warning, OutputError, some
+from formats.errors import CheckpointError, Int4Warning, OutputError, TemporaryError, some
 from formats.files import (
     hash_file,
     leaves,
@@ -43,7 +43,8 @@ from formats.manifest import (
 from formats.records import to_json
 from formats.strict_json import canonical, readable
 
-LOCK_NAME = ".int4-convert.lock"
+HIDDEN = ".int4-convert"  # what the names begin with of files and folders that are gone once all is done
+LOCK_NAME = f"{HIDDEN}.lock"
 RECORDS = (LOCK_NAME, JOURNAL_NAME, MANIFEST_NAME)
 SPARE_BYTES = 64 << 20  # for index, journal and manifest
 HASHING_THREADS = 4
@@ -124,6 +125,8 @@ class OutputDir:
             else:
                 self._copy(name)
         written = {**self._records.read(), **self._shards}  # of other processes too
+        if lost := [shard.output for shard in self.plan.shards if shard.output not in written]:
+            raise TemporaryError(f"{self.folder}: the records of {some(lost)} cannot be read; run the same again")
         shards = [written[shard.output] for shard in self.plan.shards]
         files = [*self._files, *(shard.file for shard in shards)]
         rows = tuple(row for shard in shards for row in shard.tensors)
@@ -178,7 +181,7 @@ class OutputDir:
         try:
             files, shards = self._recorded()
             everything = {path.relative_to(self.folder).as_posix(): path for path in leaves(self.folder)}
-            found = {name: path for name, path in everything.items() if not is_apart(name)}
+            found = {name: path for name, path in everything.items() if not is_apart(name) or _is_linked(name, path)}
             sound = _sound(found, files)
             self._shards = self._kept(shards, sound)
         except CheckpointError as error:
@@ -217,10 +220,13 @@ class OutputDir:
                     "--overwrite to begin anew, or choose another folder"
                 )
             return files, {}
-        return files, {shard.output: shards[shard.output] for shard in self.plan.shards if shard.output in shards}
+        return files, shards
 
     def _kept(self, shards: dict[str, ShardRecord], sound: set[str]) -> dict[str, ShardRecord]:
-        """Those of `shards` whose bytes are sound; raises `OutputError` where their source has changed since."""
+        """Those of `shards` whose bytes are sound, and whose sources are known to be what they were made from.
+
+        Raises `OutputError` where the source has changed since.
+        """
         if damaged := [name for name in sorted(shards.keys() - sound) if (self.folder / name).exists()]:
             text = f"{self.folder}: {some(damaged)} changed since they were written; they are made again"
             warnings.warn(text, Int4Warning, stacklevel=2)
@@ -229,12 +235,18 @@ class OutputDir:
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             answers = pool.map(self._same_source, sources.values())
             same = {name for name, found in zip(sources, answers, strict=True) if found}
-        if (changed := sorted(sources.keys() - same)) and not self._overwrite:
+        planned = {shard.output: shard for shard in self.plan.shards}
+        ours = {n: record for n, record in kept.items() if n in planned and record.carries_out(planned[n])}
+        changed = f"of other files than {some(sorted(sources.keys() - same))} of" if sources.keys() - same else ""
+        if not changed and (others := sorted(kept.keys() - ours.keys())):
+            changed = f"whose {some(others)} would hold other tensors by the index and config.json of"
+        if changed and not self._overwrite:
             raise OutputError(
-                f"{self.folder}: holds an unfinished conversion of other files than {some(changed)} of the source; "
-                "give --overwrite to begin anew, or choose another folder"
+                f"{self.folder}: holds an unfinished conversion {changed} the source; give --overwrite to begin anew, "
+                "or choose another folder"
             )
-        return {name: record for name, record in kept.items() if record.source.name in same}
+        # What was read from a file that has no record yet may have been another, or damaged on its way.
+        return {n: record for n, record in ours.items() if self.source.files_for(record.source.name) <= same}
 
     def _same_source(self, file: FileRecord) -> bool:
         return file.name in self.source.shards and self.source.weights.same(file)
@@ -276,6 +288,11 @@ def refuse_full_disk(folder: Path, needed: int, reclaimed: int = 0) -> None:
 def is_apart(name: str) -> bool:
     """Whether `name` is hidden and not ours, as .git or .DS_Store: no part of a checkpoint, and in nobody's way."""
     return name.startswith(".") and whole_name(name) not in RECORDS
+
+
+def _is_linked(name: str, path: Path) -> bool:
+    """Whether a link stands where a hidden folder of ours would be, which is cleared in the end."""
+    return name.startswith(HIDDEN) and path.is_symlink()
 
 
 def _sound(paths: Mapping[str, Path], recorded: Collection[FileRecord] | None) -> set[str]:

@@ -7,6 +7,7 @@ from formats.errors import CheckpointError, some
 from formats.interop import LAYOUTS
 from formats.interop.base import Layout
 from formats.layout import SCALE_DTYPES, TensorSpec
+from formats.manifest import QUANT_METHOD
 from formats.selection import FLOAT_DTYPES, WEIGHT, never_quantized
 
 WORD_DTYPES = ("I32", "U32")
@@ -52,6 +53,8 @@ def int4_layout(config: dict[str, Any], where: str) -> Layout | None:
             return LAYOUTS[method].from_settings(settings)
     except CheckpointError as error:
         method = f"{method}: {error}"
+    if method == QUANT_METHOD:
+        raise CheckpointError(f"{where}: the model is what int4-convert writes; give the one that it was made from")
     raise CheckpointError(
         f"{where}: the model is already quantised ({method}); expected 16- or 32-bit weights, FP8 with a "
         f"weight_block_size, or int4 of {some([*LAYOUTS])}: convert the model that it was made from"

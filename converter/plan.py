@@ -159,8 +159,9 @@ def _check_collisions(plan: Plan, source: Source) -> None:
                 f"{source.folder}: {tensor.name!r} would be stored as {longest[0]!r}, a name of over {MAX_NAME_BYTES} "
                 "bytes; keep it with --exclude"
             )
-        seen |= tensor.stored.keys()
-    if taken := [name for name in source.side_files if name in (MANIFEST_NAME, INDEX_NAME)]:
+        seen.update(tensor.stored)
+    needed = {MANIFEST_NAME, INDEX_NAME, *(shard.output for shard in plan.shards)}
+    if taken := [name for name in source.side_files if name.partition("/")[0] in needed]:
         raise CheckpointError(f"{source.folder}: holds {taken}, names that the output needs; rename or remove them")
 
 

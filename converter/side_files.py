@@ -1,13 +1,13 @@
 """The files of a source that are carried over as they are, beside its weights."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from formats.container import SUFFIX
 from formats.errors import CheckpointError
-from formats.files import open_regular, safe_name
+from formats.files import MAX_NEW_BYTES, open_regular, safe_name
 
 # Other forms of the same weights; they are neither read nor copied.
 OTHER_SUFFIXES = (
@@ -17,8 +17,10 @@ OTHER_SUFFIXES = (
 WEIGHT_SUFFIXES = (SUFFIX, *OTHER_SUFFIXES)
 
 
-def side_files(folder: Path, roots: tuple[Path, ...]) -> Iterator[str]:
-    """Every file that is copied: all below `folder` but hidden ones and weights; checked here, before any work.
+def side_files(folder: Path, roots: tuple[Path, ...], shards: Collection[str]) -> Iterator[str]:
+    """Every file that is copied: all below `folder` but hidden ones and weights, those of the model in `shards`.
+
+    They are checked here, before any work.
 
     Raises `CheckpointError` for a link to a folder or out of `roots`, and for what cannot be listed or is no file.
     """
@@ -29,8 +31,10 @@ def side_files(folder: Path, roots: tuple[Path, ...]) -> Iterator[str]:
                 raise CheckpointError(f"{link}: is a link to a folder; put the folder in its place, or remove it")
         for name in sorted(files):
             relative = (Path(parent) / name).relative_to(folder).as_posix()
-            if not name.startswith(".") and not _is_weights(relative):
+            if not name.startswith(".") and not _is_weights(relative) and relative not in shards:
                 os.close(open_regular(folder / safe_name(relative, str(folder)), roots))
+                if len(name.encode()) > MAX_NEW_BYTES:
+                    raise CheckpointError(f"{folder / relative}: its name is over {MAX_NEW_BYTES} bytes; shorten it")
                 yield relative
 
 

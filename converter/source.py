@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,7 +18,7 @@ from converter.side_files import WEIGHT_SUFFIXES, side_files
 from converter.weights import FILES_STAGED, FolderWeights, HubWeights, Weights
 from formats.container import SUFFIX, Container
 from formats.errors import CheckpointError, Int4Warning, TemporaryError, UsageError, some
-from formats.files import link_roots, read_small, safe_name
+from formats.files import link_roots, local_folder, read_small, safe_name
 from formats.hub import download, list_files
 from formats.interop.base import Layout
 from formats.layout import TensorSpec
@@ -106,6 +106,13 @@ class Source:
         stored = self.fp8[name]
         return stored.decode(rows, first, self._read_beside(name, stored.shard, stored.scale))
 
+    def files_for(self, shard: str) -> set[str]:
+        """The weight files that are read for the tensors of `shard`: itself, and those with scales and the like."""
+        names = self.shards[shard]
+        beside = {self.fp8[name].shard for name in names if name in self.fp8}
+        parts = (self.packed[name].parts for name in names if name in self.packed)
+        return {shard} | beside | {file for found in parts for file, _ in found.values()}
+
     def stored_name(self, name: str) -> str:
         """The tensor of its file that is read, chunk by chunk, for the tensor `name` of the model."""
         return self.packed[name].words if name in self.packed else name
@@ -144,11 +151,10 @@ def open_source(
     `CheckpointError` for anything that cannot be converted whole, `HubError` and `TemporaryError` from the Hub,
     `UsageError` for a name that is neither.
     """
-    if model and Path(model).is_dir():
+    if local := local_folder(model):
         if revision is not None:
             raise UsageError(f"{model}: is a folder, which has no revision {revision!r}; leave --revision out")
-        folder = Path(model)
-        return _read(folder, Path(model).resolve().name, None, FolderWeights(folder, link_roots(folder.resolve())))
+        return _read(local, local.resolve().name, None, FolderWeights(local, link_roots(local.resolve())))
     only = [CONFIG_NAME, INDEX_NAME] if headers_only else None
     folder = download(model, revision, allow=only, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES], quiet=quiet)
     commit = folder.name
@@ -166,30 +172,30 @@ def open_source(
     source = _read(folder, model, commit, weights)
     if headers_only or not has_parts:
         return source
-    download(model, commit, allow=[OTHER_PARTS], quiet=quiet)
-    return replace(source, side_files=_copied(folder, source.roots, source.layout))
+    download(model, commit, allow=[OTHER_PARTS], ignore=[*source.shards], quiet=quiet)
+    return replace(source, side_files=_copied(folder, source.roots, source.shards, source.layout))
 
 
 def _read(folder: Path, name: str, commit: str | None, weights: Weights) -> Source:
     roots = link_roots(folder.resolve())
     config = _read_config(folder, roots)
-    shards = _read_shards(folder, roots, weights)
     block = block_size(config)
     layout = None if block is not None else int4_layout(config or {}, str(folder / CONFIG_NAME))
+    shards = _read_shards(folder, roots, weights)
     fp8 = {} if block is None else block_scaled(shards, block, str(folder))
     packed = {} if layout is None else packed_matrices(shards, layout, _dtype(config), str(folder))
     shards = _as_meant(shards, fp8, packed)
     _refuse_quantized(folder, shards)
     if layout is not None:
         config = {key: value for key, value in (config or {}).items() if key not in QUANTIZATION_KEYS}
-    copied = _copied(folder, roots, layout)
+    copied = _copied(folder, roots, shards, layout)
     return Source(name, commit, folder, roots, config, shards, copied, weights, fp8, layout, packed)
 
 
-def _copied(folder: Path, roots: tuple[Path, ...], layout: Layout | None) -> tuple[str, ...]:
+def _copied(folder: Path, roots: tuple[Path, ...], shards: Collection[str], layout: Layout | None) -> tuple[str, ...]:
     """The side files, but for those about the quantisation of a source that is in int4 already."""
     left_out = () if layout is None else QUANTIZATION_FILES
-    return tuple(name for name in side_files(folder, roots) if name not in left_out)
+    return tuple(name for name in side_files(folder, roots, shards) if name not in left_out)
 
 
 def _as_meant(

@@ -12,12 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from formats.errors import CheckpointError, OutputError, TemporaryError
+from formats.errors import CheckpointError, OutputError, TemporaryError, UsageError
 
 PARTIAL_SUFFIX = ".partial"
 PARTIAL = re.compile(rf"\.[0-9a-f]{{8}}{re.escape(PARTIAL_SUFFIX)}$")  # what `publish` puts behind a name
 READ_BLOCK = 1 << 20
 MAX_NAME_BYTES, MAX_PATH = 255, 1024  # what file systems take of a name, and leave room for of a path below a folder
+MAX_NEW_BYTES = MAX_NAME_BYTES - len(".01234567.partial")  # of a name to `publish` under
 MAX_SMALL = 256 << 20  # bytes of a file that is read whole; the manifest of 100,000 experts takes a quarter of it
 SHARED_BLOBS = "blobs"  # beside the repositories of a Hub cache, for files that came through Xet
 LOCK_CONTENT = re.compile(rb"\d{0,20}\n?")
@@ -40,6 +41,15 @@ def safe_name(name: str, where: str) -> str:
     if not plain:
         raise CheckpointError(f"{where}: file name {name[:200]!r} could leave its folder; refusing to touch it")
     return name
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder `model`, or None where that may be a Hub id; raises `UsageError` for a file."""
+    if os.path.isdir(model):  # of any text: Path.is_dir raises on one that is too long for a name
+        return Path(model)
+    if os.path.isfile(model):
+        raise UsageError(f"{model}: is a file; give the folder that holds it")
+    return None
 
 
 def link_roots(folder: Path) -> tuple[Path, ...]:

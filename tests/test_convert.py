@@ -13,10 +13,11 @@ from checkpoints import contents, convert_folder, random, stored, tiny_tensors, 
 from safetensors.torch import load_file, save_file
 
 from converter.convert import convert, make_recipe
-from converter.journal import JOURNAL_NAME
+from converter.journal import JOURNAL_NAME, SHARDS_NAME
 from converter.output import LOCK_NAME
 from converter.pipeline import Conversion
 from converter.plan import make_plan
+from converter.prepared import FOLDER_NAME
 from converter.source import open_source
 from formats import codec
 from formats.checkpoint import Checkpoint
@@ -400,6 +401,26 @@ def test_a_damaged_manifest_is_not_overwritten(source: Path, out: Path) -> None:
     with pytest.raises(OutputError, match="cannot tell which files are ours .*remove the folder"):
         convert_folder(source, out, overwrite=True)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("name", [SHARDS_NAME, FOLDER_NAME])
+def test_a_link_in_the_place_of_a_hidden_folder_is_not_followed(source: Path, out: Path, name: str) -> None:
+    theirs = out.parent / "theirs"
+    theirs.mkdir()
+    (theirs / "layer-00000.safetensors").write_text("precious")
+    (theirs / "model.i4.safetensors.json").write_text("precious")
+    out.mkdir()
+    (out / name).symlink_to(theirs)
+    with pytest.raises(OutputError, match=f"holds files that int4-convert did not write.*{name}"):
+        convert_folder(source, out)
+    assert len(list(theirs.iterdir())) == 2
+
+
+def test_of_the_records_folder_only_records_go(source: Path, out: Path) -> None:
+    (out / SHARDS_NAME).mkdir(parents=True)
+    (out / SHARDS_NAME / "mine.json").write_text("precious")
+    convert_folder(source, out)
+    assert [path.name for path in (out / SHARDS_NAME).iterdir()] == ["mine.json"]
 
 
 def test_a_link_in_the_output_folder_is_not_ours(source: Path, out: Path, tmp_path: Path) -> None:

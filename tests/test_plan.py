@@ -259,8 +259,10 @@ def test_a_name_that_grows_too_long_for_readers_is_refused(tmp_path: Path) -> No
     assert quantized(plan_of(folder, exclude=("a*",))) == {"b.weight"}
 
 
-def test_a_source_with_a_manifest_of_its_own_is_refused(folder: Path) -> None:
-    (folder / "manifest.json").write_text("{}")
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.json/a", "model-00001-of-00002.i4.safetensors/a"])
+def test_a_source_with_names_that_the_output_needs_is_refused(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("{}")
     with pytest.raises(CheckpointError, match="names that the output needs"):
         plan_of(folder)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import contents, convert_folder, random, write_checkpoint
+from checkpoints import contents, convert_folder, random, write_checkpoint, write_index
+from safetensors.torch import save_file
 
 from converter.convert import convert, make_recipe
 from converter.journal import SHARDS_NAME
@@ -18,7 +19,7 @@ from converter.output import OutputDir
 from converter.pipeline import Conversion
 from converter.plan import make_plan
 from converter.source import open_source
-from formats.errors import OutputError
+from formats.errors import OutputError, TemporaryError
 from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME
 
@@ -133,6 +134,87 @@ def test_a_source_that_changed_since_is_refused_by_name(source: Path, half: Path
     with pytest.raises(OutputError, match=r"other files than model-00001-of-00004\.safetensors of the source"):
         convert_folder(source, half)
     convert_folder(source, half, overwrite=True)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, stop_at: str) -> None:
+    """Convert until the tensor `stop_at`, which has a shard of its own."""
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        converted(patched, stop_at=stop_at)
+        convert_folder(source, out)
+
+
+def test_files_that_are_counted_otherwise_are_refused(
+    source: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second file becomes the last: shards that are written would be of other files."""
+    (source / "model-00002-of-00004.safetensors").rename(source / "other.safetensors")
+    files = {name: f"model-{i:05d}-of-00004.safetensors" for i, name in enumerate(NAMES, 1)}
+    write_index(source, {**files, NAMES[1]: "other.safetensors"})
+    with pytest.raises(OutputError, match=r"other files than model-00002-of-00004\.safetensors of the source"):
+        convert_folder(source, half)
+
+
+def test_an_index_by_which_shards_would_hold_other_tensors_is_refused(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in "mn":
+        save_file({f"{name}.weight": random(16, 24)}, source / f"{name}.safetensors")
+    write_index(source, {"m.weight": "m.safetensors", "n.weight": "n.safetensors"})
+    interrupt(monkeypatch, source, out, "n.weight")
+    (source / "n.safetensors").rename(source / "c.safetensors")
+    write_index(source, {"m.weight": "m.safetensors", "n.weight": "c.safetensors"})
+    with pytest.raises(
+        OutputError, match=r"model-00001-of-00002\.i4\.safetensors would hold other tensors by the index"
+    ):
+        convert_folder(source, out)
+
+
+def test_a_configuration_by_which_tensors_would_be_stored_otherwise_is_refused(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"h.{i}.c_fc.weight": random(16, 24, seed=i) for i in range(2)}
+    source = write_checkpoint(tmp_path / "source", tensors, config={"model_type": "gpt2"})
+    interrupt(monkeypatch, source, out, "h.1.c_fc.weight")
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(OutputError, match=r"by the index and config\.json of the source"):
+        convert_folder(source, out)
+    convert_folder(source, out, overwrite=True)
+    convert_folder(source, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_a_shard_is_made_again_if_its_scales_may_have_been_others(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scales of the first shard stand in the second, which no record vouches for."""
+    tensors = {
+        "a.weight": random(16, 24).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.ones(2, 3),
+        "b.weight": random(16, 24, seed=1),
+    }
+    fp8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [8, 8]}}
+    source = write_checkpoint(tmp_path / "source", tensors, config=fp8)
+    files = [source / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    save_file({"a.weight": tensors.pop("a.weight")}, files[0])
+    save_file(tensors, files[1])
+    write_index(source, {"a.weight": files[0].name, **dict.fromkeys(tensors, files[1].name)})
+    interrupt(monkeypatch, source, out, "b.weight")
+    save_file({**tensors, "a.weight_scale_inv": torch.full((2, 3), 2.0)}, files[1])
+    convert_folder(source, out)
+    convert_folder(source, tmp_path / "fresh")
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_records_that_cannot_be_read_at_the_end_are_named(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another process wrote them into a shared folder that shows old listings."""
+    opened = open_source(str(source))
+    plan = make_plan(opened, make_recipe(Scheme(8), "absmax", (), ()))
+    with OutputDir(out, opened, plan) as folder, pytest.raises(TemporaryError, match=r"model-00001-of-00004"):
+        folder.finish()
 
 
 def test_a_run_that_was_about_to_finish_makes_no_shard_again(

@@ -99,6 +99,10 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "b", "a": "c"}}'), "duplicate key 'a'"),
     "config says quantised": (
         lambda f: add_to_config(f, quantization_config={"quant_method": "gptq"}), "quantised .gptq: bits is None"),
+    "config says int4 of this format": (
+        lambda f: add_to_config(f, quantization_config={"quant_method": "i4"}), "is what int4-convert writes; give"),
+    "side file whose half-made name no disk can hold": (
+        lambda f: (f / ("a" * 249)).write_text(""), "its name is over 238 bytes; shorten it"),
     "config says quantised by MLX": (
         lambda f: add_to_config(f, quantization={"group_size": 64, "bits": 8}), r"already quantised \(mlx: bits is 8"),
     "stale shard": (lambda f: save_file({"x": random(2)}, f / "model-00003-of-00003.safetensors"),
@@ -215,6 +219,25 @@ def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(folder: Path, tmp_pat
 def test_a_configuration_may_hold_infinity(folder: Path) -> None:
     (folder / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
     assert open_source(str(folder)).config == {"time_step_limit": [0.0, float("inf")]}
+
+
+def test_weights_in_a_subfolder_that_the_index_names_are_no_side_files(folder: Path) -> None:
+    (folder / "parts").mkdir()
+    (folder / ONE).rename(folder / "parts" / ONE)
+    write_index(folder, {name: name_ if name_ != ONE else f"parts/{ONE}" for name, name_ in weight_map(folder).items()})
+    source = open_source(str(folder))
+    assert set(source.shards) == {f"parts/{ONE}", TWO}
+    assert f"parts/{ONE}" not in source.side_files
+
+
+def test_a_weight_file_is_no_model(folder: Path) -> None:
+    with pytest.raises(UsageError, match="is a file; give the folder that holds it"):
+        open_source(str(folder / ONE))
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_none_of_a_model_either() -> None:
+    with pytest.raises(UsageError, match="neither a folder here nor a Hub id"):
+        open_source("a" * 300)
 
 
 def test_a_folder_has_no_revision(folder: Path) -> None:
