@@ -23,15 +23,18 @@ from formats.files import (
     make_folder,
     publish,
     publish_bytes,
+    read_small,
     real_path,
     remove_below,
     rename,
     whole_name,
 )
 from formats.manifest import (
+    EVALUATION_NAME,
     FORMAT_VERSION,
     INDEX_NAME,
     MANIFEST_NAME,
+    SHA256,
     SHARD_METADATA,
     FileRecord,
     Manifest,
@@ -41,7 +44,7 @@ from formats.manifest import (
     read_manifest,
 )
 from formats.records import to_json
-from formats.strict_json import canonical, readable
+from formats.strict_json import canonical, parse_object, readable
 
 HIDDEN = ".int4-convert"  # what the names begin with of files and folders that are gone once all is done
 LOCK_NAME = f"{HIDDEN}.lock"
@@ -207,12 +210,12 @@ class OutputDir:
                 f"{self.folder}: holds a finished checkpoint; give --overwrite to replace it, or another folder"
             )
         if manifest.exists():
-            return frozenset(read_manifest(self.folder).files), {}
+            return frozenset(read_manifest(self.folder).files) | _evaluation(self.folder), {}
         if not journal.exists():
             return None, {}
         earlier, shards = read_journal(journal, self.plan)
         shards |= self._records.read()
-        files = frozenset(earlier.files) | {shard.file for shard in shards.values()}
+        files = frozenset(earlier.files) | {shard.file for shard in shards.values()} | _evaluation(self.folder)
         if other := earlier.differences(self._source_record(), self.plan.recipe):
             if not self._overwrite:
                 raise OutputError(
@@ -288,6 +291,17 @@ def refuse_full_disk(folder: Path, needed: int, reclaimed: int = 0) -> None:
 def is_apart(name: str) -> bool:
     """Whether `name` is hidden and not ours, as .git or .DS_Store: no part of a checkpoint, and in nobody's way."""
     return name.startswith(".") and whole_name(name) not in RECORDS
+
+
+def _evaluation(folder: Path) -> frozenset[FileRecord]:
+    """The file that int4-eval left in `folder`, if it did: its figures are of the checkpoint there, and go with it."""
+    path = folder / EVALUATION_NAME
+    try:
+        figures = parse_object(read_small(path, (folder,)), str(path))
+        is_of_eval = SHA256.fullmatch(str(figures.get("checkpoint"))) is not None
+        return frozenset({FileRecord(EVALUATION_NAME, *hash_file(path))} if is_of_eval else ())
+    except CheckpointError:  # there is none, or somebody else's
+        return frozenset()
 
 
 def _is_linked(name: str, path: Path) -> bool:

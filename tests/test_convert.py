@@ -25,7 +25,7 @@ from formats.devices import BLOCK_WEIGHTS, parse_devices
 from formats.errors import CheckpointError, NonFiniteError, OutputError, TemporaryError
 from formats.files import lock
 from formats.layout import Scheme
-from formats.manifest import MANIFEST_NAME, FileRecord, read_manifest
+from formats.manifest import EVALUATION_NAME, MANIFEST_NAME, FileRecord, read_manifest
 from formats.tensors import bytes_of, spec_of
 
 
@@ -401,6 +401,22 @@ def test_a_damaged_manifest_is_not_overwritten(source: Path, out: Path) -> None:
     with pytest.raises(OutputError, match="cannot tell which files are ours .*remove the folder"):
         convert_folder(source, out, overwrite=True)
     assert contents(out) == before
+
+
+def test_the_figures_of_a_checkpoint_that_is_overwritten_go_with_it(source: Path, out: Path) -> None:
+    digest = convert_folder(source, out).digest
+    (out / EVALUATION_NAME).write_text(json.dumps({"checkpoint": digest, "perplexity": 5.0}))
+    convert_folder(source, out, Scheme(16), overwrite=True)
+    assert not (out / EVALUATION_NAME).exists()
+
+
+@pytest.mark.parametrize("text", ['{"accuracy": 1}', "[]", ""])
+def test_an_evaluation_of_somebody_elses_is_not_removed(source: Path, out: Path, text: str) -> None:
+    convert_folder(source, out)
+    (out / EVALUATION_NAME).write_text(text)
+    with pytest.raises(OutputError, match=r"did not write.*evaluation\.json"):
+        convert_folder(source, out, overwrite=True)
+    assert (out / EVALUATION_NAME).read_text() == text
 
 
 @pytest.mark.parametrize("name", [SHARDS_NAME, FOLDER_NAME])
