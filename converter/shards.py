@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from queue import SimpleQueue
-from threading import BoundedSemaphore, Event, Lock, Thread
+from threading import Event, Lock, Semaphore, Thread
 from types import TracebackType
 
 import torch
@@ -74,7 +74,7 @@ class FetchAhead:
     def __init__(self, weights: Weights, names: Sequence[str]) -> None:
         self._weights = weights
         self._files: dict[str, Future[None]] = {name: Future() for name in names}
-        self._room = None if weights.most is None else BoundedSemaphore(weights.most)
+        self._room = None if weights.most is None else Semaphore(weights.most)
 
     def __enter__(self) -> "FetchAhead":
         Thread(target=self._run, daemon=True).start()  # a download cannot be stopped; nobody is to wait for its end
@@ -85,6 +85,8 @@ class FetchAhead:
     ) -> None:
         for file in self._files.values():
             file.cancel()
+        if self._room is not None:
+            self._room.release()  # for the thread, if it waits, to see that it is over
 
     def wait_for(self, name: str) -> None:
         """Return when a file is here; raises what its fetching raised, or `CancelledError` after the context."""
