@@ -8,6 +8,7 @@ from formats.layout import CODE_MAX, CODE_MIN, Scheme
 from formats.manifest import ErrorRecord
 
 DIGITS = 6  # the last bits of a sum depend on the device that adds
+NOISE = 2.0**-32  # of a smaller relative error, a difference of sums in fp64, not all of these digits would be real
 
 
 def sums(weight: Tensor, quantized: Quantized, scheme: Scheme) -> Tensor:
@@ -36,7 +37,7 @@ def error_record(total: Tensor, weights: int, output: float | None = None) -> Er
     """The figures of a matrix of so many weights from the `sums` of all its blocks, with the error of its outputs."""
     before, after, product, beyond = total.tolist()
     error, norms = max(0.0, before + after - 2 * product), (before * after) ** 0.5
-    relative, cosine = error / before if before else 0.0, product / norms if norms else 1.0
+    relative, cosine = error / before if error > before * NOISE else 0.0, product / norms if norms else 1.0
     exact = None if output is None else _rounded(output)
     return ErrorRecord(_rounded(relative), _rounded(cosine), _rounded(beyond / weights), exact)
 

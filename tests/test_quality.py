@@ -41,3 +41,12 @@ def test_a_matrix_of_zeros_is_exact() -> None:
     weight = torch.zeros(8, 16)
     record = error_record(sums(weight, codec.quantize(weight, Scheme(8), torch.bfloat16), Scheme(8)), 128)
     assert (record.relative_mse, record.cosine, record.clipped) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("rows", [8, 64, 512])
+def test_a_matrix_that_is_int4_but_for_noise_is_exact_in_any_blocks(rows: int) -> None:
+    scheme = Scheme(16)
+    exact = codec.dequantize(codec.quantize(random(512, 64), scheme, torch.bfloat16), 64, scheme)
+    weight = exact * (1 + 1e-7 * torch.randn(512, 64, generator=torch.Generator().manual_seed(1)))
+    blocks = [sums(part, codec.quantize(part, scheme, torch.bfloat16), scheme) for part in weight.split(rows)]
+    assert error_record(torch.stack(blocks).sum(0), weight.numel()).relative_mse == 0
