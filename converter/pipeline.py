@@ -28,7 +28,7 @@ from formats.layout import CODES_PER_WORD, DTYPE_BYTES, TensorSpec, ceil_div, sc
 from formats.manifest import ErrorRecord, FileRecord, Recipe, TensorRecord
 from formats.tensors import TORCH_DTYPES, bytes_of, host_buffer, tensor_from
 
-CHUNK_BYTES = 16 << 20  # of a source tensor on its way at once, unless eight of its rows are larger
+CHUNK_BYTES = 16 << 20  # of a source tensor on its way at once, unless rows that go together are larger
 CHUNKS = 4  # on their way
 WAITING = 5  # copies of kept ones, to be written and hashed
 TORCH_BYTES = 400_000_000  # of a process that has imported it; a GPU takes 500 MB more
@@ -120,8 +120,15 @@ def is_whole(tensor: TensorPlan) -> bool:
 
 
 def unit_rows(tensor: TensorPlan) -> int:
-    """Stored rows that are worked on together: a matrix, or 8, along which zero points are packed."""
-    return tensor.spec.shape[-2] if is_whole(tensor) else CODES_PER_WORD
+    """Stored rows that are worked on together: a matrix, or `block_unit`."""
+    return tensor.spec.shape[-2] if is_whole(tensor) else block_unit(tensor)
+
+
+def block_unit(tensor: TensorPlan) -> int:
+    """Rows of a matrix that stay together: 8, along which zero points are packed, or without any one, if it is wide."""
+    has_zero_points = len(tensor.stored) > 2
+    is_wide = CODES_PER_WORD * tensor.matrix.shape[-1] * DTYPE_BYTES[tensor.spec.dtype] > CHUNK_BYTES
+    return 1 if is_wide and not has_zero_points else CODES_PER_WORD
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[object]:
@@ -242,7 +249,8 @@ class Conversion:
         """
         for part in torch.split(stored, unit_rows(self.plan) if is_whole(self.plan) else len(stored)):
             weight = self._turned(part) if self.plan.transposed else part
-            rows = ceil_div(block_weights(self._device), weight.shape[1] * CODES_PER_WORD) * CODES_PER_WORD
+            unit = block_unit(self.plan)
+            rows = ceil_div(block_weights(self._device), weight.shape[1] * unit) * unit
             for block in torch.split(weight, rows):
                 yield from self._block(block)
 
@@ -265,7 +273,8 @@ class Conversion:
                 quantized = self._prepared.quantized.rows(self._rows, self._rows + len(block), self._device)
             found = sums(block, quantized, self._recipe.scheme)
         except torch.OutOfMemoryError:
-            half = len(weight) // 2 // CODES_PER_WORD * CODES_PER_WORD
+            unit = block_unit(self.plan)
+            half = len(weight) // 2 // unit * unit
             if not half:
                 raise TemporaryError(
                     f"tensor {self.plan.name!r}: even {len(weight)} of its rows do not fit into the memory of "

@@ -12,6 +12,7 @@ import torch
 from checkpoints import contents, convert_folder, random, stored, tiny_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from converter import pipeline
 from converter.convert import convert, make_recipe
 from converter.journal import JOURNAL_NAME, SHARDS_NAME
 from converter.output import LOCK_NAME
@@ -85,6 +86,21 @@ def test_blocks_of_rows_change_no_byte(
     monkeypatch.setitem(BLOCK_WEIGHTS, "cpu", 1)
     convert_folder(source, tmp_path / "blocks", Scheme(8, symmetric=False))
     assert contents(out) == contents(tmp_path / "blocks")
+
+
+@pytest.mark.parametrize(("symmetric", "rows"), [(True, 1), (False, 8)])
+def test_very_wide_rows_go_one_by_one_where_no_zero_points_join_them(
+    source: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, symmetric: bool, rows: int
+) -> None:
+    convert_folder(source, out, Scheme(8, symmetric))
+    monkeypatch.setitem(BLOCK_WEIGHTS, "cpu", 1)
+    monkeypatch.setattr(pipeline, "CHUNK_BYTES", 1)
+    seen: set[int] = set()
+    found = pipeline.sums
+    monkeypatch.setattr(pipeline, "sums", lambda block, *rest: (seen.add(len(block)), found(block, *rest))[1])
+    convert_folder(source, tmp_path / "wide", Scheme(8, symmetric))
+    assert max(seen) == rows
+    assert contents(out) == contents(tmp_path / "wide")
 
 
 @pytest.mark.gpu
