@@ -262,7 +262,7 @@ def _print_plan(plan: Plan, source: Source, expected: Forecast | None, as_json: 
         echo(f"{row}  -> {verdicts[tensor.name]}" if tensor.name in verdicts else row)
     echo(f"would write: {_sentence(plan.recipe, plan.sizes)}")
     download = f"{needs['download_bytes'] / 1e6:,.1f} MB to download" if source.revision else "nothing to download"
-    echo(f"would need: {download}, {needs['disk_bytes'] / 1e6:,.1f} MB of disk for the output, {memory_needed(plan)}")
+    echo(f"would need: {download}, {needs['disk_bytes'] / 1e6:,.1f} MB of disk for its tensors, {memory_needed(plan)}")
     if expected is not None:
         _print_forecast(expected)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from converter.fp8 import BlockScaled, block_scaled, block_size
 from converter.packed import QUANTIZATION_FILES, QUANTIZATION_KEYS, PackedMatrix, int4_layout, packed_matrices
 from converter.side_files import WEIGHT_SUFFIXES, side_files
-from converter.weights import FILES_STAGED, FolderWeights, HubWeights, Weights
+from converter.weights import FolderWeights, HubWeights, Weights
 from formats.container import SUFFIX, Container
 from formats.errors import CheckpointError, Int4Warning, TemporaryError, UsageError, some
 from formats.files import link_roots, local_folder, read_small, safe_name
@@ -69,9 +69,7 @@ class Source:
     @property
     def staged_bytes(self) -> int:
         """Bytes of weights that are at most held beside the output."""
-        if not isinstance(self.weights, HubWeights) or self.weights.staging is None:
-            return 0
-        return sum(sorted(self.weights.files[shard].size for shard in self.shards)[-FILES_STAGED:])
+        return self.weights.staged_bytes(self.shards)
 
     @property
     def missing_bytes(self) -> int:

@@ -1,6 +1,6 @@
 """Where the weight files of a source are: in a folder, or on the Hub until each is needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +35,9 @@ class Weights(Protocol):
 
     def missing_bytes(self, name: str) -> int:
         """How much of a file is still to be fetched."""
+
+    def staged_bytes(self, names: Iterable[str]) -> int:
+        """How much of these files is at most held beside the output, of `most` at once."""
 
     def fetch(self, name: str) -> None:
         """Have a file on this machine; may take long."""
@@ -80,6 +83,10 @@ class FolderWeights:
         return container.header.specs
 
     def missing_bytes(self, name: str) -> int:
+        """See `Weights`."""
+        return 0
+
+    def staged_bytes(self, names: Iterable[str]) -> int:
         """See `Weights`."""
         return 0
 
@@ -142,6 +149,10 @@ class HubWeights:
     def missing_bytes(self, name: str) -> int:
         """See `Weights`."""
         return self.files[name].size if cached(self.repo_id, self.commit, name) is None else 0
+
+    def staged_bytes(self, names: Iterable[str]) -> int:
+        """See `Weights`."""
+        return 0 if self.most is None else sum(sorted(self.files[name].size for name in names)[-self.most :])
 
     def fetch(self, name: str) -> None:
         """See `Weights`."""

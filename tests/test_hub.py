@@ -200,7 +200,7 @@ def test_a_dry_run_reads_headers_by_range_and_fetches_no_weights(
     command.main([REPO, str(tmp_path / "out"), "--dry-run", "--device", "cpu"], standalone_mode=False)
     printed = capsys.readouterr().out
     assert "int4  a.weight  BF16 [16, 64]  (linear layer)" in printed
-    assert "would need: 0.0 MB to download, 0.0 MB of disk for the output, about 0.4 GB of memory" in printed
+    assert "would need: 0.0 MB to download, 0.0 MB of disk for its tensors, about 0.4 GB of memory" in printed
     assert [request.range for request in weight_requests(hub)] == [
         f"bytes=0-{len(files[shard]) - 1}" for shard in SHARDS
     ]
