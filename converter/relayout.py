@@ -1,38 +1,36 @@
 """The road of a matrix that is in int4 already: its words are gathered, laid out anew and proven."""
 
-import hashlib
 from collections.abc import Iterator
 
+from converter.passage import Bytes, Passage
 from converter.plan import TensorPlan
 from converter.source import Source
 from formats.errors import CheckpointError
 from formats.interop.imported import imported
 from formats.layout import scale_dtype_for
-from formats.manifest import Recipe, TensorRecord
+from formats.manifest import Recipe
 from formats.tensors import TORCH_DTYPES, bytes_of, tensor_from
 
 GROWTH = 4  # bytes that the model has for a byte of words
 
 
-class Relayout:
-    """One matrix of `source.packed` on its way; `digests` are of the tensors stored for it.
+class Relayout(Passage):
+    """A matrix of `source.packed`, held whole, words and all: other formats pack along the rows.
 
-    It is held whole, words and all: other formats pack along the rows.
+    What was lost when it was quantised is not known.
     """
 
     growth = GROWTH
-    unit = None  # bytes, as they come
 
     def __init__(self, plan: TensorPlan, recipe: Recipe, source: Source) -> None:
-        self.plan = plan
-        self.digests = {name: hashlib.sha256() for name in plan.stored}
+        super().__init__(plan)
         self._scheme = recipe.scheme
         self._source = source
         self._matrix = source.packed[plan.name]
         self._words = bytearray()
 
-    def convert(self, chunk: memoryview) -> Iterator[tuple[str, bytearray]]:
-        """What is to be written, once the last chunk of the words has come; raises `CheckpointError`."""
+    def convert(self, chunk: memoryview) -> Iterator[tuple[str, Bytes]]:
+        """See `Passage`; all comes with the last chunk of the words. Raises `CheckpointError`."""
         self._words += chunk
         layout = self._matrix.layout
         _, spec = self._matrix.parts[layout.words]
@@ -48,7 +46,3 @@ class Relayout:
         self._words = bytearray()
         for name, tensor in zip(self.plan.stored, matrix.tensors(), strict=True):
             yield name, bytes_of(tensor)
-
-    def record(self, file: str) -> TensorRecord:
-        """The row of the manifest, once all is hashed; what was lost before is not known."""
-        return self.plan.record(file, self.digests, None)

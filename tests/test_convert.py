@@ -12,11 +12,12 @@ import torch
 from checkpoints import contents, convert_folder, random, stored, tiny_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from converter import pipeline
+from converter import chunks, conversion
+from converter.conversion import Conversion
 from converter.convert import convert, make_recipe
 from converter.journal import JOURNAL_NAME, SHARDS_NAME
 from converter.output import LOCK_NAME
-from converter.pipeline import Conversion
+from converter.passage import Copied
 from converter.plan import make_plan
 from converter.prepared import FOLDER_NAME
 from converter.source import open_source
@@ -33,7 +34,7 @@ from formats.tensors import bytes_of, spec_of
 def begin(source: Path, out: Path) -> None:
     """An interrupted conversion of which nothing but its journal is left."""
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Conversion, "convert", lambda self, chunk: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Copied, "convert", lambda self, chunk: (_ for _ in ()).throw(KeyboardInterrupt))
         convert_folder(source, out)
 
 
@@ -94,10 +95,10 @@ def test_very_wide_rows_go_one_by_one_where_no_zero_points_join_them(
 ) -> None:
     convert_folder(source, out, Scheme(8, symmetric))
     monkeypatch.setitem(BLOCK_WEIGHTS, "cpu", 1)
-    monkeypatch.setattr(pipeline, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     seen: set[int] = set()
-    found = pipeline.sums
-    monkeypatch.setattr(pipeline, "sums", lambda block, *rest: (seen.add(len(block)), found(block, *rest))[1])
+    found = conversion.sums
+    monkeypatch.setattr(conversion, "sums", lambda block, *rest: (seen.add(len(block)), found(block, *rest))[1])
     convert_folder(source, tmp_path / "wide", Scheme(8, symmetric))
     assert max(seen) == rows
     assert contents(out) == contents(tmp_path / "wide")
@@ -320,7 +321,7 @@ def test_a_source_that_changes_meanwhile_is_noticed(source: Path, out: Path, mon
     convert = Conversion.convert
 
     def touch_and_convert(self: Conversion, chunk: memoryview) -> object:
-        with (source / "model-00001-of-00002.safetensors").open("ab") as file:
+        with (source / "model-00002-of-00002.safetensors").open("ab") as file:
             file.write(b"x")
         return convert(self, chunk)
 

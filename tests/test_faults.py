@@ -13,8 +13,9 @@ import pytest
 import torch
 from checkpoints import contents, convert_folder, random, write_checkpoint
 
+from converter.conversion import Conversion
 from converter.convert import convert, make_recipe
-from converter.pipeline import Conversion
+from converter.passage import Copied, Passage
 from converter.plan import make_plan
 from converter.quantize import METHODS
 from converter.source import open_source
@@ -110,16 +111,19 @@ def test_memory_for_not_even_eight_rows_is_an_error(tmp_path: Path, monkeypatch:
 
 
 def test_memory_does_not_grow_with_a_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.pipeline.CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr("converter.chunks.CHUNK_BYTES", 1 << 12)
     source = write_checkpoint(tmp_path / "source", {"a.weight": random(4096, 64), "head": random(4096, 64)}, shards=1)
     sizes: list[int] = []
-    converted = Conversion.convert
 
-    def noting(self: Conversion, chunk: memoryview) -> object:
-        sizes.append(len(chunk))
-        return converted(self, chunk)
+    def noting(convert: Callable[[Passage, memoryview], object]) -> Callable[[Passage, memoryview], object]:
+        def noted(self: Passage, chunk: memoryview) -> object:
+            sizes.append(len(chunk))
+            return convert(self, chunk)
 
-    monkeypatch.setattr(Conversion, "convert", noting)
+        return noted
+
+    for kind in (Conversion, Copied):
+        monkeypatch.setattr(kind, "convert", noting(kind.convert))
     opened = open_source(str(source))
     plan = make_plan(opened, make_recipe(Scheme(8), "absmax", (), ()))
     convert(opened, plan, tmp_path / "out", [torch.device("cpu")])

@@ -9,7 +9,7 @@ from checkpoints import add_to_config, convert_folder, random, stored, write_che
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from converter import pipeline
+from converter import chunks
 from converter.source import open_source
 from formats import container
 from formats.errors import CheckpointError
@@ -51,7 +51,7 @@ def test_fp8_converts_as_what_it_means(
     tmp_path: Path, shards: int, symmetric: bool, chunk_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk_bytes:
-        monkeypatch.setattr(pipeline, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
     fp8, bf16 = checkpoints(tmp_path, shards)
     found = convert_folder(fp8, tmp_path / "out", Scheme(8, symmetric))
     expected = convert_folder(bf16, tmp_path / "expected", Scheme(8, symmetric))

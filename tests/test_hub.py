@@ -20,7 +20,7 @@ from local_hub import DROP, REPO, TOKEN, LocalHub, Request
 from safetensors.torch import save_file
 
 from converter.cli import command
-from converter.pipeline import Conversion
+from converter.conversion import Conversion
 from converter.source import open_source
 from converter.weights import HubWeights
 from formats.errors import CheckpointError, HubError, Int4Error, Int4Warning, OutputError, TemporaryError, UsageError

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_export import checkpoint, weights
 from torch import Tensor
 
-from converter import pipeline
+from converter import chunks
 from converter.convert import convert, recipe_for
 from converter.export import export
 from converter.plan import make_plan
@@ -47,7 +47,7 @@ def test_there_and_back_gives_the_same_bytes(
     to: str, scheme: Scheme, chunk_bytes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk_bytes:
-        monkeypatch.setattr(pipeline, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
     ours = checkpoint(tmp_path, scheme)
     export(ours, tmp_path / "theirs", to)
     manifest = take_over(tmp_path / "theirs", tmp_path / "again", scheme.symmetric)

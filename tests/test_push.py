@@ -14,7 +14,8 @@ from local_repository import NEW, Repository
 
 import converter.cli
 import converter.push_cli
-from converter.pipeline import Conversion
+from converter.conversion import Conversion
+from converter.passage import Copied
 from converter.push import Upload
 from formats.checkpoint import Checkpoint
 from formats.errors import CheckpointError, HubError, Int4Error, TemporaryError, UsageError
@@ -352,15 +353,15 @@ def test_an_upload_that_fails_beside_the_conversion_is_made_up_for(hub: LocalHub
 def test_shards_of_an_interrupted_conversion_are_published_with_the_others(
     hub: LocalHub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert_chunk = Conversion.convert
+    convert_chunk = Copied.convert
 
-    def failing(self: Conversion, chunk: memoryview) -> object:
+    def failing(self: Copied, chunk: memoryview) -> object:
         if self.plan.name == "lm_head.weight":
             raise CheckpointError("stopped")
         return convert_chunk(self, chunk)
 
     with monkeypatch.context() as patched, pytest.raises(CheckpointError):
-        patched.setattr(Conversion, "convert", failing)
+        patched.setattr(Copied, "convert", failing)
         convert(source, tmp_path / "out", "--push-to", TARGET)
     assert head(hub) == NEW
     convert(source, tmp_path / "out", "--push-to", TARGET)

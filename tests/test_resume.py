@@ -13,10 +13,10 @@ import torch
 from checkpoints import contents, convert_folder, random, write_checkpoint, write_index
 from safetensors.torch import save_file
 
+from converter.conversion import Conversion
 from converter.convert import convert, make_recipe
 from converter.journal import SHARDS_NAME
 from converter.output import OutputDir
-from converter.pipeline import Conversion
 from converter.plan import make_plan
 from converter.source import open_source
 from formats.errors import OutputError, TemporaryError

@@ -12,9 +12,10 @@ from click.testing import CliRunner
 from test_fp8 import COLUMNS, ROWS, in_fp8
 from torch import Tensor
 
-from converter import pipeline
+from converter import chunks
+from converter.conversion import Conversion
 from converter.convert import convert, make_recipe
-from converter.pipeline import Conversion, memory_needed
+from converter.pipeline import memory_needed
 from converter.plan import make_plan
 from converter.quantize import METHODS
 from converter.source import open_source
@@ -66,7 +67,7 @@ def test_each_matrix_of_a_stack_has_the_bytes_that_it_would_have_alone(
     tensors = experts(inner)
     expected, _ = converted(tmp_path / "alone", one_by_one(tensors), scheme, method)
     if chunk_bytes:
-        monkeypatch.setattr(pipeline, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
     found, manifest = converted(tmp_path / "stack", turned(tensors) if is_turned else tensors, scheme, method)
     suffixes = [PACKED, SCALE] + [ZERO_POINT] * (not scheme.symmetric)
     assert found.keys() == {name + suffix for name in tensors for suffix in suffixes}
@@ -88,7 +89,7 @@ def test_a_conv1d_is_stored_as_the_linear_layer_that_it_is(
     weight = random(29, 24)
     expected, plain = converted(tmp_path / "linear", {name: weight}, scheme)
     if chunk_bytes:
-        monkeypatch.setattr(pipeline, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
     found, manifest = converted(tmp_path / "conv", turned({name: weight}), scheme, config={"model_type": "gpt2"})
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -152,7 +153,7 @@ def sizes_of_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_memory_does_not_grow_with_a_stack(
     tmp_path: Path, is_turned: bool, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     tensors = experts(32, hidden=64, count=50)
     sizes = sizes_of_chunks(monkeypatch)
     converted(tmp_path, turned(tensors) if is_turned else tensors, Scheme(8))
