@@ -23,8 +23,8 @@ class Int4Linear(nn.Module):
     weight), with any leading dimensions. Gradients reach x and the bias; the weight is not trainable.
 
     `activations="fp8"` rounds x to e4m3 with one scale a token (`runtime.activations`) in calls of many tokens, where
-    arithmetic decides the time: on an H200 up to 1.4 times as fast, at the price of other numbers.
-    Raises `UsageError` for another name.
+    arithmetic decides the time: on an H200 1.2 to 1.6 times as fast as a bf16 layer with 2048 tokens, at the price of
+    other numbers. Raises `UsageError` for another name.
 
     `rows` and `columns` are those of the weight that is held: fewer than `out_features` and `in_features` where tensor
     parallelism gave each process a part.

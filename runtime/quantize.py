@@ -22,8 +22,9 @@ def quantize_(
     """Replace the linear layers of `module` in place by `Int4Linear` with the codec's absmax scales; returns it.
 
     Output heads and routers stay, as in the converter, and so do layers that are shared or compute their weight from
-    others, and what a pattern of `exclude` names. `join` and `activations` are those of `load`. Raises
-    `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group size or pattern.
+    others, and what a pattern of `exclude` names. absmax loses more than the methods of `int4-convert`. `join` and
+    `activations` are those of `load`. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group
+    size or pattern.
     """
     scheme = Scheme(group_size, symmetric)
     holders: dict[int, int] = {}
