@@ -18,7 +18,7 @@ from formats.checkpoint import Checkpoint
 from formats.codec import Quantized, dequantize, quantize
 from formats.errors import CheckpointError
 from formats.interop import LAYOUTS
-from formats.interop.experts import cut, expert
+from formats.interop.groups import cut
 from formats.interop.proof import prove
 from formats.layout import Scheme
 from formats.manifest import Manifest
@@ -84,7 +84,7 @@ def test_cut_rows_keep_their_zero_points(inner: int, monkeypatch: pytest.MonkeyP
     whole = dequantize(stack, HIDDEN, scheme)
     for e in range(COUNT):
         for rows in (range(inner), range(inner, 2 * inner)):
-            one = expert(stack, e)
+            one = stack.matrix(e)
             parts = layout.relayout(cut(one, rows), HIDDEN)
             assert torch.equal(layout.decode(parts, slice(0, inner)), whole[e][rows.start : rows.stop])
             assert prove(layout, parts, one, HIDDEN, scheme, rows)
