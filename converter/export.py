@@ -175,7 +175,7 @@ def _files(checkpoint: Checkpoint, target: Target) -> dict[str, dict[str, Tensor
             raise CheckpointError(
                 f"{checkpoint.folder}: {row.name!r} would be written as {some(taken)}, which is taken"
             )
-        seen |= parts.keys()
+        seen.update(parts)
         files[row.file] |= parts
     return files
 
@@ -183,8 +183,7 @@ def _files(checkpoint: Checkpoint, target: Target) -> dict[str, dict[str, Tensor
 def _write(writer: Writer, row: TensorRecord, tensors: list[Tensor], target: Target, checkpoint: Checkpoint) -> bool:
     """Write a quantised tensor, each of its matrices proven; returns whether its zeros have the same sign."""
     scheme, columns = checkpoint.manifest.recipe.scheme, row.matrix.shape[-1]
-    stored = Quantized(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
-    same_signs = True
+    stored, same_signs = Quantized(*tensors), True
     for piece in target.pieces(row):
         try:
             parts, same = piece.relaid(stored, columns, scheme, target.layout)
