@@ -206,6 +206,12 @@ def changed(parts: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Ten
     return {name: tensor for name, tensor in {**parts, **changes}.items() if tensor is not None}
 
 
+def spoiled(numbers: Tensor) -> Tensor:
+    found = numbers.clone(memory_format=torch.contiguous_format)
+    found[0, 1] = float("nan")
+    return found
+
+
 Q = codes(1, ROWS, COLUMNS)
 ORDERED = torch.arange(COLUMNS).int() // GROUP
 PLAIN, COMPRESSED, AFFINE = (layout(Q, None, scales()) for layout in (gptq, compressed_tensors, mlx))
@@ -237,7 +243,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "MLX with zero points": (mlx(Q, torch.full((ROWS, 2), 4), scales()), MLX, "zero point; give --scheme asym"),
     "MLX in 8 bits": (AFFINE, {**MLX, "bits": 8}, "mlx: bits is 8"),
     "MLX by another code": (AFFINE, {**MLX, "mode": "mxfp4"}, "mode is 'mxfp4'"),
-    "infinite scales": (gptq(Q, None, scales() / 0), GPTQ, "32 of 32 scales are NaN, infinite or zero"),
+    "infinite scales": (gptq(Q, None, scales() / 0), GPTQ, "32 of 32 numbers in scales are NaN or infinite"),
+    "a scale that is no number": (
+        changed(PLAIN, scales=spoiled(scales().T)), GPTQ, "1 of 32 numbers in scales are NaN or infinite"),
+    "MLX with a bias that is no number": (
+        changed(AFFINE, biases=spoiled(AFFINE["biases"])), MLX, "1 of 32 numbers in biases are NaN or infinite"),
     "another method": (PLAIN, {**GPTQ, "quant_method": "hqq"}, r"already quantised \(hqq\).* of compr"),
 }  # fmt: skip
 
