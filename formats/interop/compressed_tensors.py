@@ -88,8 +88,11 @@ class CompressedTensors(Layout):
         """See `Layout`."""
         packed = parts[PACKED]
         expected = [packed.shape[0], packed.shape[1] * CODES_PER_WORD]
-        if (found := parts[SHAPE].tolist()) != expected:
-            raise CheckpointError(f"{SHAPE} is {found}, expected {expected}: rows of whole words")
+        if (found := parts[SHAPE].tolist()) != expected:  # K is planned by the words alone, which headers tell
+            raise CheckpointError(
+                f"{SHAPE} is {found}, expected {expected}: rows that end within a word of {CODES_PER_WORD} codes are "
+                "not read back; convert the model that it was made from"
+            )
         return Quantized(packed, parts[SCALE], parts.get(ZERO_POINT))
 
     def decode(self, parts: Parts, rows: slice) -> Tensor:
