@@ -21,12 +21,16 @@ from formats.container import SUFFIX, Writer
 from formats.errors import CheckpointError, OutputError, some
 from formats.files import leaves, link_roots, lock, make_folder, publish, publish_bytes, read_small, remove_below
 from formats.interop import LAYOUTS
+from formats.interop.base import is_head
 from formats.interop.groups import can_split
 from formats.layout import CODES_PER_WORD, Scheme, TensorSpec
 from formats.manifest import INDEX_NAME, SHARD_SUFFIX, Manifest, TensorRecord
 from formats.selection import FLOAT_DTYPES, KEPT_BY_DEFAULT, WEIGHT, is_fused_experts
 from formats.strict_json import parse_object, readable
 from formats.tensors import bytes_of
+
+TEXT_CONFIG = "text_config"  # the part of a configuration that is of the text model
+UNTIED = {"tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def export(
     config = _config(checkpoint)
     target = target_for(checkpoint, to, group_size, model_types(config))
     manifest, files = checkpoint.manifest, _files(checkpoint, target)
-    config |= _settings(manifest, target)
+    config |= _settings(config, manifest, target)
     side_files = [name for name in checkpoint.files if name not in (*files, INDEX_NAME, CONFIG_NAME)]
     total = sum(spec.nbytes for specs in files.values() for spec in specs.values())
     needed = total + sum(checkpoint.files[name].size for name in side_files) + SPARE_BYTES
@@ -208,11 +212,16 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _settings(manifest: Manifest, target: Target) -> dict[str, Any]:
+def _settings(config: dict[str, Any], manifest: Manifest, target: Target) -> dict[str, Any]:
     """What loaders of the other format have to know, for config.json."""
     quantized = [piece.module for row in _matrices(manifest) for piece in target.pieces(row)]
     kept = [row for row in manifest.tensors if not row.quantized and _may_be_linear(row)]
-    return target.layout.config(quantized, _rules([module_of(target.renamed(row.name)) for row in kept], quantized))
+    found = target.layout.config(quantized, _rules([module_of(target.renamed(row.name)) for row in kept], quantized))
+    if any(map(is_head, quantized)):  # then it is no longer the embedding
+        found |= UNTIED
+        if isinstance(text := config.get(TEXT_CONFIG), dict):
+            found[TEXT_CONFIG] = text | UNTIED
+    return found
 
 
 def _may_be_linear(row: TensorRecord) -> bool:

@@ -287,6 +287,19 @@ def test_heads_that_share_the_embedding_are_no_int4(kept: bool, tmp_path: Path) 
     assert not is_kept("model.decoder")
 
 
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_a_head_in_int4_is_not_tied_to_the_embedding(to: str, tmp_path: Path) -> None:
+    config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "hidden_size": 64}}
+    tensors = {"a.weight": random(16, 64), "language_model.lm_head.weight": random(16, 64)}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    for name, include in (("kept", ()), ("int4", ("*lm_head",))):
+        convert_folder(source, tmp_path / name, Scheme(32), include=include)
+        export(Checkpoint(tmp_path / name), tmp_path / f"{name}-out", to)
+    assert settings(tmp_path / "kept-out", "tie_word_embeddings") is True
+    assert settings(tmp_path / "int4-out", "tie_word_embeddings") is False
+    assert settings(tmp_path / "int4-out", "text_config") == {"tie_word_embeddings": False, "hidden_size": 64}
+
+
 def test_groups_are_not_joined(tmp_path: Path) -> None:
     source = checkpoint(tmp_path, Scheme(64))
     with pytest.raises(CheckpointError, match="groups of 64 .* of 128; --group-size 64, or"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import convert_folder
+from checkpoints import add_to_config, convert_folder
 from safetensors.torch import load_file, save_file
 from test_export import weights
 from torch import Tensor
@@ -67,9 +67,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], dict[str, Tensor]]] = {  # mod
 }  # fmt: skip
 
 
-def compare(cls: Any, folder: Path, inputs: dict[str, Tensor]) -> None:
+def compare(cls: Any, folder: Path, inputs: dict[str, Tensor], include: tuple[str, ...] = ()) -> None:
     """The model that `cls` loads from an export of the source in `folder` is what the codec makes of that."""
-    manifest = convert_folder(folder / "source", folder / "i4", Scheme(32))
+    manifest = convert_folder(folder / "source", folder / "i4", Scheme(32), include=include)
     export(Checkpoint(folder / "i4"), folder / "out", "compressed-tensors")
     tensors = load_file(folder / "source" / "model.safetensors")
     tensors |= weights(folder / "i4", manifest, torch.bfloat16)
@@ -91,3 +91,11 @@ def test_transformers_loads_what_is_kept_under_its_own_names(kind: str, tmp_path
     cls = getattr(transformers, model)
     cls(getattr(transformers, config)(**fields)).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     compare(cls, tmp_path, inputs)
+
+
+def test_transformers_loads_a_head_in_int4_beside_an_embedding_that_is_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    add_to_config(tmp_path / "source", tie_word_embeddings=True)  # though the head has a tensor of its own
+    compare(type(model), tmp_path, {"input_ids": IDS}, include=("lm_head",))
