@@ -1,5 +1,6 @@
 """The way out: an int4 checkpoint in the layout of another format, proven to hold the same weights."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,12 +21,16 @@ from formats.container import SUFFIX, Writer
 from formats.errors import CheckpointError, OutputError, some
 from formats.files import leaves, link_roots, lock, make_folder, publish, publish_bytes, read_small, remove_below
 from formats.interop import LAYOUTS
+from formats.interop.base import is_head
 from formats.interop.groups import can_split
 from formats.layout import CODES_PER_WORD, Scheme, TensorSpec
 from formats.manifest import INDEX_NAME, SHARD_SUFFIX, Manifest, TensorRecord
-from formats.selection import never_quantized
+from formats.selection import FLOAT_DTYPES, KEPT_BY_DEFAULT, WEIGHT, is_fused_experts
 from formats.strict_json import parse_object, readable
 from formats.tensors import bytes_of
+
+TEXT_CONFIG = "text_config"  # the part of a configuration that is of the text model
+UNTIED = {"tie_word_embeddings": False}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def export(
     config = _config(checkpoint)
     target = target_for(checkpoint, to, group_size, model_types(config))
     manifest, files = checkpoint.manifest, _files(checkpoint, target)
-    config |= _settings(manifest, target)
+    config |= _settings(config, manifest, target)
     side_files = [name for name in checkpoint.files if name not in (*files, INDEX_NAME, CONFIG_NAME)]
     total = sum(spec.nbytes for specs in files.values() for spec in specs.values())
     needed = total + sum(checkpoint.files[name].size for name in side_files) + SPARE_BYTES
@@ -175,7 +180,7 @@ def _files(checkpoint: Checkpoint, target: Target) -> dict[str, dict[str, Tensor
             raise CheckpointError(
                 f"{checkpoint.folder}: {row.name!r} would be written as {some(taken)}, which is taken"
             )
-        seen |= parts.keys()
+        seen.update(parts)
         files[row.file] |= parts
     return files
 
@@ -183,8 +188,7 @@ def _files(checkpoint: Checkpoint, target: Target) -> dict[str, dict[str, Tensor
 def _write(writer: Writer, row: TensorRecord, tensors: list[Tensor], target: Target, checkpoint: Checkpoint) -> bool:
     """Write a quantised tensor, each of its matrices proven; returns whether its zeros have the same sign."""
     scheme, columns = checkpoint.manifest.recipe.scheme, row.matrix.shape[-1]
-    stored = Quantized(tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None)
-    same_signs = True
+    stored, same_signs = Quantized(*tensors), True
     for piece in target.pieces(row):
         try:
             parts, same = piece.relaid(stored, columns, scheme, target.layout)
@@ -208,9 +212,40 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _settings(manifest: Manifest, target: Target) -> dict[str, Any]:
+def _settings(config: dict[str, Any], manifest: Manifest, target: Target) -> dict[str, Any]:
     """What loaders of the other format have to know, for config.json."""
     quantized = [piece.module for row in _matrices(manifest) for piece in target.pieces(row)]
-    kept = (row for row in manifest.tensors if not row.quantized and never_quantized(row.name, row.spec) is None)
-    modules = dict.fromkeys(module_of(target.renamed(row.name)) for row in kept)
-    return target.layout.config(quantized, [*modules])
+    kept = [row for row in manifest.tensors if not row.quantized and _may_be_linear(row)]
+    found = target.layout.config(quantized, _rules([module_of(target.renamed(row.name)) for row in kept], quantized))
+    if any(map(is_head, quantized)):  # then it is no longer the embedding
+        found |= UNTIED
+        if isinstance(text := config.get(TEXT_CONFIG), dict):
+            found[TEXT_CONFIG] = text | UNTIED
+    return found
+
+
+def _may_be_linear(row: TensorRecord) -> bool:
+    """Whether a tensor may be of a linear layer, whatever its name, or is one of experts."""
+    is_matrix = len(row.shape) == 2 and row.dtype in FLOAT_DTYPES and row.name.endswith(WEIGHT)
+    return is_matrix or is_fused_experts(row.name, row.spec)
+
+
+def _rules(kept: list[str], quantized: list[str]) -> dict[str, str]:
+    """For each kept module a regular expression that finds it and no quantised one, matched from the start of names.
+
+    Programs compare it with names of their own, which may begin otherwise than those of the checkpoint, or have other
+    parts. So it is the pattern by which the module is kept by default; where a quantised one has that too, the shortest
+    end of its name that none of them has as a part; or else the name.
+    """
+    patterns = [pattern for pattern, _ in KEPT_BY_DEFAULT if not any(map(pattern.search, quantized))]
+    names = "".join(f".{name}.\n" for name in quantized)
+
+    def rule(name: str) -> str:
+        if found := next((pattern.pattern for pattern in patterns if pattern.search(name)), None):
+            return f".*(?i:{found})"
+        parts = name.split(".")
+        ends = (".".join(parts[i:]) for i in reversed(range(len(parts))) if not parts[i].isdecimal())
+        end = next((end for end in ends if f".{end}." not in names), None)
+        return f"{re.escape(name)}$" if end is None else rf"(.*\.)?{re.escape(end)}(\..*)?$"
+
+    return {name: rule(name) for name in kept}

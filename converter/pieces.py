@@ -9,8 +9,7 @@ from torch import Tensor
 from converter.expert_names import JOINED, Experts, experts_of
 from formats.codec import Quantized
 from formats.interop.base import Layout
-from formats.interop.experts import cut, expert
-from formats.interop.groups import split
+from formats.interop.groups import cut, split
 from formats.interop.proof import prove
 from formats.layout import Scheme, TensorSpec, scale_dtype_for
 from formats.manifest import TensorRecord
@@ -41,7 +40,7 @@ class Piece:
 
         Raises `CheckpointError` where they cannot mean the same weights as those `stored` of `scheme`.
         """
-        matrices = [stored] if self.experts is None else [expert(stored, index) for index in self.experts]
+        matrices = [stored] if self.experts is None else [stored.matrix(index) for index in self.experts]
         found: list[dict[str, Tensor]] = []
         same_signs = True
         for matrix in matrices:

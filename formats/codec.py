@@ -27,7 +27,7 @@ class Quantized:
 
     packed: Tensor  #: int32 [N, ceil(K/8)]
     scale: Tensor  #: bf16 or fp16 [N, G]
-    zero_point: Tensor | None  #: int32 [ceil(N/8), G], only in the asymmetric scheme
+    zero_point: Tensor | None = None  #: int32 [ceil(N/8), G], only in the asymmetric scheme
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the order of `Scheme.stored`."""

@@ -173,18 +173,18 @@ def test_configurations_name_what_is_not_quantised(tmp_path: Path) -> None:
     for to in LAYOUTS:
         export(source, tmp_path / to, to)
     found = settings(tmp_path / "compressed-tensors")
-    assert found["ignore"] == ["lm_head"]
+    assert found["ignore"] == ["lm_head", r"re:(.*\.)?embed_tokens(\..*)?$"]
     assert found["config_groups"]["group_0"]["weights"]["group_size"] == 128
     found = settings(tmp_path / "gptq")
-    (rule,) = found.pop("dynamic")
-    assert re.match(rule.removeprefix("-:"), "lm_head")
+    assert [rule[:2] for rule in found.pop("dynamic")] == ["-:"] * 2
     assert found == {
         "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False, "lm_head": False,
         "checkpoint_format": "gptq", "pack_dtype": "int32",
     }  # fmt: skip
-    assert settings(tmp_path / "awq") == {
+    found = settings(tmp_path / "awq")
+    assert found.pop("modules_to_not_convert")[:2] == ["model.embed_tokens", "lm_head"]
+    assert found == {
         "quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "lm_head": False,
-        "modules_to_not_convert": ["lm_head"],
     }  # fmt: skip
     assert settings(tmp_path / "mlx", "quantization") == {"group_size": 128, "bits": 4, "mode": "affine"}
 
@@ -214,7 +214,90 @@ def test_fused_experts_that_are_kept_are_named_by_their_module(tmp_path: Path) -
     tensors = {"a.weight": random(16, 64), **{name: random(2, 64, 64) for name in names}}
     convert_folder(write_checkpoint(tmp_path / "source", tensors), tmp_path / "i4", Scheme(32), exclude=("mlp.*",))
     export(Checkpoint(tmp_path / "i4"), tmp_path / "out", "awq")
-    assert settings(tmp_path / "out")["modules_to_not_convert"] == ["mlp.experts"]
+    assert settings(tmp_path / "out")["modules_to_not_convert"][0] == "mlp.experts"
+
+
+def kept_as(to: str, folder: Path) -> Callable[[str], bool]:
+    """Whether a program that reads `to` takes the module of its own name for one that is not quantised."""
+    found = settings(folder)
+    if to == "gptq":  # as vLLM, SGLang and GPTQModel have it
+        return lambda name: any(re.match(rule.removeprefix("-:"), name) for rule in found["dynamic"])
+    if to == "awq":  # as transformers has it
+        return lambda name: any(
+            re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(key)
+            for key in found["modules_to_not_convert"]
+        )
+    regex = "re:"  # as compressed-tensors and vLLM have it
+    return lambda name: any(
+        re.match(rule.removeprefix(regex), name) if rule.startswith(regex) else rule == name for rule in found["ignore"]
+    )
+
+
+BLOCK = "language_model.model.layers"
+PARTS = {  # of a checkpoint: their names in a model, and whether they are kept
+    f"{BLOCK}.0.q_proj": ("model.language_model.layers.0.q_proj", True),  # excluded
+    f"{BLOCK}.1.q_proj": ("model.language_model.layers.1.q_proj", False),
+    f"{BLOCK}.10.q_proj": ("model.language_model.layers.10.q_proj", False),
+    f"{BLOCK}.1.mlp.gate_proj": ("model.language_model.layers.1.mlp.gate_proj", False),
+    f"{BLOCK}.1.mlp.gate": ("model.language_model.layers.1.mlp.router", True),
+    f"{BLOCK}.1.patch_embedding": ("model.language_model.layers.1.patch_embedding", True),  # may be a linear layer
+    "language_model.lm_head": ("lm_head", True),
+    "vision_tower.vision_model.layers.1.q_proj": ("model.vision_tower.layers.1.q_proj", True),
+    "visual.merger.0": ("model.visual.merger.0", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "awq"])
+def test_what_is_kept_is_found_under_other_names(to: str, tmp_path: Path) -> None:
+    tensors = {f"{name}.weight": random(16, 64, seed=i) for i, name in enumerate(PARTS)}
+    source = write_checkpoint(tmp_path / "source", tensors)
+    convert_folder(source, tmp_path / "i4", Scheme(32), exclude=(f"{BLOCK}.0.*",))
+    export(Checkpoint(tmp_path / "i4"), tmp_path / "out", to)
+    is_kept = kept_as(to, tmp_path / "out")
+    assert {name: is_kept(name) for name, _ in PARTS.values()} == dict(PARTS.values())
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "awq"])
+def test_a_pattern_that_finds_int4_too_is_not_used(to: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", {f"visual.{name}.weight": random(16, 64) for name in ("a", "b")})
+    convert_folder(source, tmp_path / "i4", Scheme(32), include=("visual.a",))
+    export(Checkpoint(tmp_path / "i4"), tmp_path / "out", to)
+    is_kept = kept_as(to, tmp_path / "out")
+    assert (is_kept("model.visual.a"), is_kept("model.visual.b")) == (False, True)
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gptq"])
+def test_a_kept_name_within_another_is_not_taken_for_it(to: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", {"proj.weight": random(16, 64), "a.proj.weight": random(16, 64)})
+    convert_folder(source, tmp_path / "i4", Scheme(32), exclude=("proj",))
+    export(Checkpoint(tmp_path / "i4"), tmp_path / "out", to)
+    is_kept = kept_as(to, tmp_path / "out")
+    assert (is_kept("proj"), is_kept("a.proj"), is_kept("proj.b")) == (True, False, False)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_heads_that_share_the_embedding_are_no_int4(kept: bool, tmp_path: Path) -> None:
+    tensors = {"a.weight": random(16, 64), **({"lm_head.weight": random(16, 64)} if kept else {})}
+    convert_folder(write_checkpoint(tmp_path / "source", tensors, shards=1), tmp_path / "i4", Scheme(32))
+    export(Checkpoint(tmp_path / "i4"), tmp_path / "out", "compressed-tensors")
+    is_kept = kept_as("compressed-tensors", tmp_path / "out")
+    heads = ("proj_out", "cls.predictions.decoder", "lm_head.decoder", "decoder")
+    assert [is_kept(name) for name in heads] == [not kept] * len(heads)
+    assert is_kept("lm_head")
+    assert not is_kept("model.decoder")
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_a_head_in_int4_is_not_tied_to_the_embedding(to: str, tmp_path: Path) -> None:
+    config = {"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True, "hidden_size": 64}}
+    tensors = {"a.weight": random(16, 64), "language_model.lm_head.weight": random(16, 64)}
+    source = write_checkpoint(tmp_path / "source", tensors, config=config)
+    for name, include in (("kept", ()), ("int4", ("*lm_head",))):
+        convert_folder(source, tmp_path / name, Scheme(32), include=include)
+        export(Checkpoint(tmp_path / name), tmp_path / f"{name}-out", to)
+    assert settings(tmp_path / "kept-out", "tie_word_embeddings") is True
+    assert settings(tmp_path / "int4-out", "tie_word_embeddings") is False
+    assert settings(tmp_path / "int4-out", "text_config") == {"tie_word_embeddings": False, "hidden_size": 64}
 
 
 def test_groups_are_not_joined(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Exports of fused experts and of Conv1D: each expert under the name that other programs look for."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from checkpoints import add_to_config, convert_folder, random, write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_architectures import GPT2, GROUPED, IDS, MOE, random_model
-from test_export import by_awq, by_gptq, by_mlx, exported, parts_of, settings, weights
+from test_export import by_awq, by_gptq, by_mlx, exported, kept_as, parts_of, weights
 from torch import Tensor
 
 from converter.expert_names import ARCHITECTURES
@@ -18,7 +17,7 @@ from formats.checkpoint import Checkpoint
 from formats.codec import Quantized, dequantize, quantize
 from formats.errors import CheckpointError
 from formats.interop import LAYOUTS
-from formats.interop.experts import cut, expert
+from formats.interop.groups import cut
 from formats.interop.proof import prove
 from formats.layout import Scheme
 from formats.manifest import Manifest
@@ -84,7 +83,7 @@ def test_cut_rows_keep_their_zero_points(inner: int, monkeypatch: pytest.MonkeyP
     whole = dequantize(stack, HIDDEN, scheme)
     for e in range(COUNT):
         for rows in (range(inner), range(inner, 2 * inner)):
-            one = expert(stack, e)
+            one = stack.matrix(e)
             parts = layout.relayout(cut(one, rows), HIDDEN)
             assert torch.equal(layout.decode(parts, slice(0, inner)), whole[e][rows.start : rows.stop])
             assert prove(layout, parts, one, HIDDEN, scheme, rows)
@@ -207,11 +206,12 @@ def test_names_are_those_that_the_architecture_publishes(model_type: str, as_pub
         random_model(*MODELS[model_type]).save_pretrained(tmp_path / "published")
         assert found == set(load_file(tmp_path / "published" / "model.safetensors"))
     routers = {f"model.layers.{i}.{name}" for i in range(2) for name in ROUTERS[model_type]}
-    assert set(settings(tmp_path / "out")["ignore"]) == {"lm_head", *routers}
-    export(Checkpoint(tmp_path / "i4"), tmp_path / "gptq", "gptq")
-    rules = settings(tmp_path / "gptq")["dynamic"]
-    kept = {name.removesuffix(".weight") for name in found if any(re.match(rule[2:], name[:-7]) for rule in rules)}
-    assert kept == {"lm_head", *routers}
+    modules = {name.removesuffix(".weight") for name in found}
+    for to in ("compressed-tensors", "gptq", "awq"):
+        if to != "compressed-tensors":
+            export(Checkpoint(tmp_path / "i4"), tmp_path / to, to)
+        is_kept = kept_as(to, tmp_path / ("out" if to == "compressed-tensors" else to))
+        assert set(filter(is_kept, modules)) == {"lm_head", "model.embed_tokens", *routers}
 
 
 def test_the_table_agrees_with_transformers() -> None:

@@ -206,6 +206,12 @@ def changed(parts: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Ten
     return {name: tensor for name, tensor in {**parts, **changes}.items() if tensor is not None}
 
 
+def spoiled(numbers: Tensor) -> Tensor:
+    found = numbers.clone(memory_format=torch.contiguous_format)
+    found[0, 1] = float("nan")
+    return found
+
+
 Q = codes(1, ROWS, COLUMNS)
 ORDERED = torch.arange(COLUMNS).int() // GROUP
 PLAIN, COMPRESSED, AFFINE = (layout(Q, None, scales()) for layout in (gptq, compressed_tensors, mlx))
@@ -231,13 +237,17 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         COMPRESSED, {**ct_config(), "format": "marlin-24"}, "format is 'marlin-24'"),
     "compressed rows that end in a word": (
         changed(COMPRESSED, weight_shape=torch.tensor([ROWS, 60])), ct_config(),
-        r"weight_shape is \[16, 60\], expected \[16, 64\]"),
+        r"weight_shape is \[16, 60\], expected \[16, 64\]: rows that end within a word .*; convert the model that it"),
     "MLX with other biases": (
         changed(AFFINE, biases=random(ROWS, 2)), MLX, "biases are no whole number of scales"),
     "MLX with zero points": (mlx(Q, torch.full((ROWS, 2), 4), scales()), MLX, "zero point; give --scheme asym"),
     "MLX in 8 bits": (AFFINE, {**MLX, "bits": 8}, "mlx: bits is 8"),
     "MLX by another code": (AFFINE, {**MLX, "mode": "mxfp4"}, "mode is 'mxfp4'"),
-    "infinite scales": (gptq(Q, None, scales() / 0), GPTQ, "32 of 32 scales are NaN, infinite or zero"),
+    "infinite scales": (gptq(Q, None, scales() / 0), GPTQ, "32 of 32 numbers in scales are NaN or infinite"),
+    "a scale that is no number": (
+        changed(PLAIN, scales=spoiled(scales().T)), GPTQ, "1 of 32 numbers in scales are NaN or infinite"),
+    "MLX with a bias that is no number": (
+        changed(AFFINE, biases=spoiled(AFFINE["biases"])), MLX, "1 of 32 numbers in biases are NaN or infinite"),
     "another method": (PLAIN, {**GPTQ, "quant_method": "hqq"}, r"already quantised \(hqq\).* of compr"),
 }  # fmt: skip
 

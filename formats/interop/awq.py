@@ -86,8 +86,8 @@ class Awq(Layout):
         codes, zero = (_rows(nibbles(parts[name][:, words_of(rows)])).T.float() for name in (QWEIGHT, QZEROS))
         return (codes - widened(zero, columns)) * widened(parts[SCALES].T[rows].float(), columns)
 
-    def config(self, quantized: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
-        """See `Layout`."""
+    def config(self, quantized: Sequence[str], kept: Mapping[str, str]) -> dict[str, Any]:
+        """See `Layout`; engines look for these in names, transformers takes them for regular expressions too."""
         found = {
             "quant_method": self.name,
             "bits": BITS,
@@ -95,7 +95,7 @@ class Awq(Layout):
             "zero_point": True,
             "version": "gemm",
             "lm_head": any(map(is_head, quantized)),
-            "modules_to_not_convert": list(kept),
+            "modules_to_not_convert": [*kept, *dict.fromkeys(kept.values())],
         }
         return {"quantization_config": found}
 

@@ -14,6 +14,12 @@ from formats.layout import BITS, CODES_PER_WORD, ROW_WISE, Scheme, TensorSpec, c
 
 Parts = Mapping[str, Tensor]  # the tensors of one matrix, by what stands behind the name of its module
 HEAD = "lm_head"  # the output head, as most models call it
+# And as others do, in transformers, which may share the embedding: then it has no tensor.
+OTHER_HEADS = (
+    "cls.predictions.decoder", "decoder", "embed_out", "generator_lm_head", "head", "lm_head.decoder",
+    "lm_head.out_proj", "lm_loss", "mlm_score.decoder", "output", "output_projection", "pred_layer.proj",
+    "predictions.decoder", "proj_out", "vocab_projector",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,12 @@ class Layout(ABC):
         """The weights of some rows, whole eights of them but at the end, by the format's own formula: fp32 [R, K]."""
 
     @abstractmethod
-    def config(self, quantized: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
-        """The entries of config.json for a model with these modules in int4, and these linear ones as they were."""
+    def config(self, quantized: Sequence[str], kept: Mapping[str, str]) -> dict[str, Any]:
+        """The entries of config.json for a model with these modules in int4, and those `kept` as they were.
+
+        Of a kept module there is a regular expression besides, which matches from the start of a name: it finds the
+        module under whatever name a program has for it, and none in int4.
+        """
 
 
 def nibbles(words: Tensor) -> Tensor:
@@ -116,4 +126,4 @@ def multiple_of_eight(rows: int) -> str | None:
 
 def is_head(module: str) -> bool:
     """Whether the module of that name is the output head."""
-    return module.split(".")[-1] == HEAD
+    return module.split(".")[-1] == HEAD or module in OTHER_HEADS

@@ -6,6 +6,7 @@ other to the library (`compressed_tensors/quantization/lifecycle/forward_helpers
 of vLLM and SGLang (Marlin, Machete, Triton), which multiply by it after the zero point is gone.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,23 @@ from torch import Tensor
 
 from formats.codec import Quantized
 from formats.errors import CheckpointError
-from formats.interop.base import HEAD, Layout, Parts, group_setting, is_head, nibbles, setting, widened, words_of
+from formats.interop.base import (
+    HEAD,
+    OTHER_HEADS,
+    Layout,
+    Parts,
+    group_setting,
+    is_head,
+    nibbles,
+    setting,
+    widened,
+    words_of,
+)
 from formats.layout import BITS, CODE_MIN, CODES_PER_WORD, ROW_WISE, Scheme, TensorSpec, ceil_div
 
 PACKED, SCALE, SHAPE, ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 FORMAT = "pack-quantized"
+REGEX = "re:"  # before a regular expression
 
 
 @dataclass(frozen=True)
@@ -88,8 +101,11 @@ class CompressedTensors(Layout):
         """See `Layout`."""
         packed = parts[PACKED]
         expected = [packed.shape[0], packed.shape[1] * CODES_PER_WORD]
-        if (found := parts[SHAPE].tolist()) != expected:
-            raise CheckpointError(f"{SHAPE} is {found}, expected {expected}: rows of whole words")
+        if (found := parts[SHAPE].tolist()) != expected:  # K is planned by the words alone, which headers tell
+            raise CheckpointError(
+                f"{SHAPE} is {found}, expected {expected}: rows that end within a word of {CODES_PER_WORD} codes are "
+                "not read back; convert the model that it was made from"
+            )
         return Quantized(packed, parts[SCALE], parts.get(ZERO_POINT))
 
     def decode(self, parts: Parts, rows: slice) -> Tensor:
@@ -101,9 +117,12 @@ class CompressedTensors(Layout):
             codes = codes - widened(zero, columns)
         return codes * widened(parts[SCALE][rows].float(), columns)
 
-    def config(self, quantized: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    def config(self, quantized: Sequence[str], kept: Mapping[str, str]) -> dict[str, Any]:
         """See `Layout`; an output head that shares the embedding has no tensor, and is a linear layer nevertheless."""
-        heads = [name for name in (*quantized, *kept) if is_head(name)]
+        heads = [] if any(map(is_head, quantized)) else [HEAD]
+        if heads and not any(map(is_head, kept)):
+            heads.append(f"{REGEX}({'|'.join(map(re.escape, OTHER_HEADS))})$")
+        others = dict.fromkeys(REGEX + regex for name, regex in kept.items() if name not in heads)
         by_rows = self.scheme.group_size == ROW_WISE
         weights = {
             "num_bits": BITS,
@@ -130,7 +149,7 @@ class CompressedTensors(Layout):
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
-            "ignore": [*kept, *([] if heads else [HEAD])],
+            "ignore": [*heads, *others],
             "config_groups": {"group_0": group},
         }
         return {"quantization_config": found}

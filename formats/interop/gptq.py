@@ -6,7 +6,6 @@ either sign are taken: the kernels of vLLM (Marlin, ExLlama) and GPTQModel multi
 AutoGPTQ wrote fp16, today's engines take the type of the model.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +99,7 @@ class Gptq(Layout):
         codes = nibbles(parts[QWEIGHT][:, rows].T).T.float()  # [K, R]
         return ((codes - zero[groups]) * parts[SCALES][:, rows].float()[groups]).T
 
-    def config(self, quantized: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    def config(self, quantized: Sequence[str], kept: Mapping[str, str]) -> dict[str, Any]:
         """See `Layout`."""
         found = {
             "quant_method": self.name,
@@ -111,7 +110,7 @@ class Gptq(Layout):
             "lm_head": any(map(is_head, quantized)),
             "checkpoint_format": self.version,
             "pack_dtype": "int32",
-            "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept},
+            "dynamic": {f"-:{regex}": {} for regex in kept.values()},
         }
         return {"quantization_config": found}
 

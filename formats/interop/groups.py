@@ -1,9 +1,18 @@
-"""Groups in smaller ones, which repeat the scale and the zero point: the same weights, to the bit."""
+"""Some rows of a matrix, and groups in smaller ones, which repeat the scale and the zero point: the same weights."""
 
 import torch
 
-from formats.codec import Quantized
+from formats.codec import Quantized, pack_zero_point, unpack_zero_point
 from formats.layout import ROW_WISE, Scheme
+
+
+def cut(matrix: Quantized, rows: range) -> Quantized:
+    """The `rows`, which follow one another, of a matrix; zero points are packed again, for eight rows share a word."""
+    chosen = slice(rows.start, rows.stop)
+    zero = matrix.zero_point
+    if zero is not None and len(rows) != len(matrix.packed):
+        zero = pack_zero_point(unpack_zero_point(zero, len(matrix.packed))[chosen])
+    return Quantized(matrix.packed[chosen], matrix.scale[chosen], zero)
 
 
 def can_split(columns: int, scheme: Scheme, group_size: int) -> bool:
@@ -16,5 +25,5 @@ def split(matrix: Quantized, columns: int, scheme: Scheme, group_size: int) -> Q
     """`matrix` of `scheme`, of so many columns, in groups of `group_size`, where `can_split` says so."""
     step = columns if group_size == ROW_WISE else group_size
     places = torch.arange(0, columns, step) // scheme.group_width(columns)
-    zero = matrix.zero_point
-    return Quantized(matrix.packed, matrix.scale[:, places], None if zero is None else zero[:, places])
+    packed, *grouped = matrix.tensors()
+    return Quantized(packed, *(tensor[:, places] for tensor in grouped))

@@ -78,7 +78,7 @@ class Mlx(Layout):
         scale, bias = (widened(parts[name][rows].float(), codes.shape[1]) for name in (SCALES, BIASES))
         return scale * codes + bias
 
-    def config(self, quantized: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    def config(self, quantized: Sequence[str], kept: Mapping[str, str]) -> dict[str, Any]:
         """See `Layout`; mlx-lm sees by the tensors which modules are in int4."""
         found = {"group_size": self.scheme.group_size, "bits": BITS, "mode": "affine"}
         return {"quantization": found, "quantization_config": found}
