@@ -340,12 +340,12 @@ def inspect_into(stdout: int, folder: Path) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def test_a_pipe_that_nobody_reads_ends_with_5_and_one_line(converted: Path) -> None:
+def test_a_pipe_whose_reader_has_enough_ends_with_5_and_without_a_word(converted: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     code, error = inspect_into(writer, converted)
     os.close(writer)
-    assert (code, error) == (5, "error: standard output: cannot be written (Broken pipe); is its reader gone?\n")
+    assert (code, error) == (5, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
