@@ -6,11 +6,11 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from local_hub import DROP, REPO, TOKEN, LocalHub, Request
 from safetensors.torch import save_file
 
+from converter import shards
 from converter.cli import command
 from converter.pipeline import Conversion
 from converter.source import open_source
@@ -63,10 +64,12 @@ def error_of(model: str = REPO, revision: str | None = None) -> Int4Error:
     return caught.value
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port that nobody listens at, nor can meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
 
 
 def test_a_hub_id_converts_to_the_same_bytes_as_its_folder(hub: LocalHub, tmp_path: Path) -> None:
@@ -295,24 +298,25 @@ def test_low_disk_goes_on_behind_the_finished_shards(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.push(make_checkpoint(tmp_path / "source"))
-    with monkeypatch.context() as patched, pytest.raises(TemporaryError):
-        patched.setattr(HubWeights, "fetch", failing_fetch(SHARDS[1]))
+    first, convert_shard, fetch = Event(), shards.convert_shard, HubWeights.fetch
+
+    def noting(*args: Any) -> None:
+        convert_shard(*args)
+        first.set()
+
+    def failing(self: HubWeights, name: str) -> None:
+        if name == SHARDS[1]:
+            assert first.wait(30)
+            raise TemporaryError("busy")
+        fetch(self, name)
+
+    with monkeypatch.context() as patched, pytest.raises(TemporaryError, match="busy"):
+        patched.setattr(shards, "convert_shard", noting)
+        patched.setattr(HubWeights, "fetch", failing)
         convert(REPO, str(tmp_path / "out"), "--low-disk")
     hub.requests.clear()
     convert(REPO, str(tmp_path / "out"), "--low-disk")
     assert not [request for request in weight_requests(hub) if SHARDS[0] in request.path and request.range is None]
-
-
-def failing_fetch(name: str) -> Callable[[HubWeights, str], None]:
-    fetch = HubWeights.fetch
-
-    def failing(self: HubWeights, asked: str) -> None:
-        if asked == name:
-            time.sleep(0.1)
-            raise TemporaryError("busy")
-        fetch(self, asked)
-
-    return failing
 
 
 @pytest.mark.parametrize(("status", "retry_after"), [(429, "1"), (503, None), (DROP, None)])
@@ -415,8 +419,8 @@ def test_an_answer_that_is_no_hubs_is_a_hub_error(hub: LocalHub) -> None:
     assert type(error_of()) is HubError
 
 
-def test_a_refused_connection_is_a_temporary_error(local_client: Callable[[str], None]) -> None:
-    local_client(f"http://127.0.0.1:{free_port()}")
+def test_a_refused_connection_is_a_temporary_error(local_client: Callable[[str], None], deaf_port: int) -> None:
+    local_client(f"http://127.0.0.1:{deaf_port}")
     assert type(error_of()) is TemporaryError
 
 
