@@ -1,5 +1,6 @@
 """The model of a checkpoint, built and filled through transformers, whose name mapping serves every architecture."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from formats.architecture import (
 )
 from formats.checkpoint import Checkpoint, StoredTensor
 from formats.devices import parse_device, room_for
-from formats.errors import CheckpointError, Int4Error
+from formats.errors import CheckpointError, Int4Error, UsageError
 from formats.hub import download
 from formats.manifest import Manifest, quantization_config
 from formats.tensors import TORCH_DTYPES
@@ -93,10 +94,14 @@ def load(
 def resolve(
     folder_or_hub_id: str | Path, revision: str | None = None, *, ignore: Sequence[str] = (), quiet: bool = False
 ) -> Path:
-    """The local folder of a checkpoint: itself, or its snapshot from the Hub without files that match `ignore`."""
-    folder = Path(folder_or_hub_id)
-    if folder.is_dir():
-        return folder
+    """The local folder of a checkpoint: itself, or its snapshot from the Hub without files that match `ignore`.
+
+    Raises `UsageError` for a file, and as `download` does.
+    """
+    if os.path.isdir(folder_or_hub_id):  # noqa: PTH112 - Path.is_dir raises where a name is too long
+        return Path(folder_or_hub_id)
+    if os.path.isfile(folder_or_hub_id):  # noqa: PTH113
+        raise UsageError(f"{folder_or_hub_id}: is a file; give the folder that holds it")
     return download(str(folder_or_hub_id), revision, ignore=ignore, quiet=quiet)
 
 

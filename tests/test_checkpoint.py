@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor
 from formats import checkpoint
 from formats.checkpoint import Checkpoint
 from formats.container import Container
-from formats.errors import CheckpointError
+from formats.errors import CheckpointError, TemporaryError
 from formats.layout import Scheme, TensorSpec
 from formats.manifest import CARD_NAME, EVALUATION_NAME, MANIFEST_NAME, Manifest
 from formats.records import from_json
@@ -233,3 +235,17 @@ def test_a_row_with_the_digest_of_another_tensor_is_found(folder: Path) -> None:
     reseal(folder, manifest)
     with pytest.raises(CheckpointError, match="tensor 'model.norm.weight' has the SHA-256 .* the manifest says 000000"):
         Checkpoint(folder).verify()
+
+
+def test_more_shards_than_may_be_open_are_no_damage(folder: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    whole, spare = Checkpoint(folder), os.dup(0)
+    os.close(spare)  # the lowest that is free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, limits[1]))
+    try:
+        with pytest.raises(
+            TemporaryError, match=r"00002.i4.safetensors: cannot be opened \(Too many .*; raise `ulimit -n`"
+        ):
+            whole.verify()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

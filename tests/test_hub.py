@@ -25,7 +25,7 @@ from converter.pipeline import Conversion
 from converter.source import open_source
 from converter.weights import HubWeights
 from formats.errors import CheckpointError, HubError, Int4Error, Int4Warning, OutputError, TemporaryError, UsageError
-from formats.hub import download
+from formats.hub import download, hub_errors, list_files
 from formats.manifest import MANIFEST_NAME, read_manifest
 from runtime.load import resolve
 
@@ -422,6 +422,8 @@ def test_an_answer_that_is_no_hubs_is_a_hub_error(hub: LocalHub) -> None:
 def test_a_refused_connection_is_a_temporary_error(local_client: Callable[[str], None], deaf_port: int) -> None:
     local_client(f"http://127.0.0.1:{deaf_port}")
     assert type(error_of()) is TemporaryError
+    with pytest.raises(TemporaryError, match=r"failed \(ConnectError\); is the Hub within reach\? check the network"):
+        list_files(REPO, "main")
 
 
 def test_a_repository_that_is_not_cached_is_a_temporary_error_offline(
@@ -430,6 +432,14 @@ def test_a_repository_that_is_not_cached_is_a_temporary_error_offline(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert type(error_of()) is TemporaryError
     assert not hub.requests
+
+
+def test_a_mistyped_folder_is_said_not_to_be_there(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(TemporaryError, match=r"moedl: no such folder here, and as a Hub repository it is not .* path"):
+        resolve("moedl")
+    with pytest.raises(TemporaryError, match=r"owner/text: it is not in the local cache, and the Hub cannot"):
+        download("owner/text", repo_type="dataset")
 
 
 def raise_in_client(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -444,6 +454,11 @@ def test_a_mistake_in_a_program_is_no_network_trouble(monkeypatch: pytest.Monkey
     raise_in_client(monkeypatch, error)
     with pytest.raises(type(error)):
         download(REPO)
+
+
+def test_a_mistake_of_ours_around_the_client_is_not_the_hubs() -> None:
+    with pytest.raises(ValueError, match="ours"), hub_errors(REPO):
+        raise ValueError("ours")
 
 
 class ReadError(Exception):

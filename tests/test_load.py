@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import runtime
 from formats import codec
 from formats.checkpoint import Checkpoint
-from formats.errors import CheckpointError, TemporaryError
+from formats.errors import CheckpointError, TemporaryError, UsageError
 from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME
 from runtime.integrations import when_imported
@@ -371,6 +371,16 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     with pytest.raises(CheckpointError, match="no architecture .'NoSuchModel'"):
         runtime.load(edited_example(tmp_path, architectures=["NoSuchModel"]), device="cpu")
+
+
+def test_a_name_that_no_file_can_have_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="is neither a folder here nor a Hub id"):
+        runtime.load("a" * 300)
+
+
+def test_a_file_instead_of_its_folder_is_a_usage_error(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"00001-of-00002.i4.safetensors: is a file; give the folder that holds it"):
+        runtime.load(next(folder.glob("*-00001-*")))
 
 
 def test_a_checkpoint_that_did_not_finish_is_refused(folder: Path) -> None:
