@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import add_to_config, random, write_checkpoint
+from checkpoints import EXAMPLE, add_to_config, convert_folder, random, write_checkpoint
 from huggingface_hub import constants
 from local_hub import DROP, REPO, TOKEN, LocalHub, Request
 from safetensors.torch import save_file
 
+import runtime
 from converter import shards
 from converter.cli import command
 from converter.pipeline import Conversion
@@ -26,6 +27,7 @@ from converter.source import open_source
 from converter.weights import HubWeights
 from formats.errors import CheckpointError, HubError, Int4Error, Int4Warning, OutputError, TemporaryError, UsageError
 from formats.hub import download, hub_errors, list_files
+from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME, read_manifest
 from runtime.load import resolve
 
@@ -344,6 +346,15 @@ def test_the_runtime_resolves_a_hub_id_to_the_files_of_its_commit(hub: LocalHub,
     commit = hub.push(files, branch="trial")
     folder = resolve(REPO, "trial")
     assert (folder.name, contents(folder)) == (commit, files)
+
+
+def test_a_model_in_a_subfolder_of_its_repository_is_loaded(hub: LocalHub, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    convert_folder(EXAMPLE, tmp_path / "out", Scheme(256))
+    hub.push({f"sub/{name}": data for name, data in contents(tmp_path / "out").items()})
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(REPO, subfolder="sub", variant="i4", cache_dir=constants.HF_HUB_CACHE)
+    assert sum(isinstance(layer, runtime.Int4Linear) for layer in model.modules()) == 21
 
 
 def test_an_unknown_repository_is_a_hub_error(hub: LocalHub) -> None:
