@@ -168,10 +168,10 @@ def hub_errors(
             raise _by_status(where, error.__cause__.response.status_code, uploading) from None
         if uploading:
             raise UsageError(f"{where}: nothing can be uploaded while HF_HUB_OFFLINE is set; unset it") from None
-        lacking = "no such folder here, and as a Hub repository it" if or_folder else "it"
+        lacking = "no such folder here, and as a Hub repository it " if or_folder else ""
         advice = "check the path, or connect and run again" if or_folder else "connect and run again"
         raise TemporaryError(
-            f"{where}: {lacking} is not in the local cache, and the Hub cannot be reached (offline mode, or no "
+            f"{where}: {lacking}is not in the local cache, and the Hub cannot be reached (offline mode, or no "
             f"network); {advice}"
         ) from None
     except ValueError as error:

@@ -449,7 +449,7 @@ def test_a_mistyped_folder_is_said_not_to_be_there(hub: LocalHub, monkeypatch: p
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(TemporaryError, match=r"moedl: no such folder here, and as a Hub repository it is not .* path"):
         resolve("moedl")
-    with pytest.raises(TemporaryError, match=r"owner/text: it is not in the local cache, and the Hub cannot"):
+    with pytest.raises(TemporaryError, match=r"owner/text: is not in the local cache, and the Hub cannot"):
         download("owner/text", repo_type="dataset")
 
 
