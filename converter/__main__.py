@@ -1,5 +1,5 @@
 """`python -m converter` is `int4-convert`."""
 
-from converter.cli import main
+from formats.entry import convert
 
-main()
+convert()

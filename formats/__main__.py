@@ -1,5 +1,5 @@
 """`python -m formats` is `int4-inspect`."""
 
-from formats.cli import main
+from formats.entry import inspect
 
-main()
+inspect()

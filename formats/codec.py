@@ -37,25 +37,23 @@ class Quantized:
     def stacked(cls, matrices: Sequence["Quantized"]) -> "Quantized":
         """A stack of matrices that are all alike."""
         parts = [torch.stack(tensors) for tensors in zip(*(one.tensors() for one in matrices), strict=True)]
-        return cls(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
+        return cls(*parts)
 
     def matrix(self, number: int) -> "Quantized":
         """One matrix of a stack."""
-        zero = self.zero_point
-        return Quantized(self.packed[number], self.scale[number], None if zero is None else zero[number])
+        return Quantized(*(tensor[number] for tensor in self.tensors()))
 
     def rows(self, start: int, end: int, device: torch.device) -> "Quantized":
-        """The rows from `start`, a multiple of 8, to `end`, on `device`.
+        """The rows from `start` to `end`, on `device`; `start` is a multiple of 8 where there are zero points.
 
-        Those of a stack are counted through it: of one matrix, whose first may then be `start`, or of several where
-        each has a multiple of 8.
+        Those of a stack are numbered through all its matrices. They lie in one of them, or each has a multiple of 8.
         """
         if self.packed.dim() == 3:
             height = self.packed.shape[1]
             if height % CODES_PER_WORD:
                 return self.matrix(start // height).rows(start % height, start % height + end - start, device)
             parts = [tensor.flatten(0, 1) for tensor in self.tensors()]
-            return Quantized(parts[0], parts[1], parts[2] if len(parts) > 2 else None).rows(start, end, device)
+            return Quantized(*parts).rows(start, end, device)
         zero = self.zero_point
         return Quantized(
             self.packed[start:end].to(device),

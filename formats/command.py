@@ -1,25 +1,26 @@
 """How every command of this project explains itself, prints and ends: with the documented exit code."""
 
+import errno
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
 from click.shell_completion import CompletionItem
 
+from formats.entry import stoppable
 from formats.errors import Int4Error, Int4Warning, OutputError
 from formats.progress import Bar
 
-INTERRUPTED, TERMINATED = 130, 143
 MAX_LINE = 1000
 HELP_WIDTH = 100  # columns at most, of a terminal that has them
 NAME_WIDTH = 30  # columns of an option in the help; what is longer has its explanation below it
 
-quiet_option = click.option("--quiet", is_flag=True, help="Print nothing but errors, and what --json asks for.")
+quiet_option = click.option(
+    "--quiet", is_flag=True, help="Print nothing but warnings and errors, and what --json asks for."
+)
 
 
 class Command(click.Command):
@@ -78,21 +79,18 @@ def printable(text: str) -> str:
 
 
 def echo(text: str) -> None:
-    """Print `text` on standard output; raises `OutputError` when that is a closed pipe or a full disk."""
+    """Print `text` on standard output; raises `OutputError` when that cannot be written, as on a full disk.
+
+    Where its reader has gone, who had enough, the process ends with the same exit code and without a word.
+    """
     try:
         click.echo(text)
     except OSError as error:
         # What is still in the buffer goes nowhere, else Python complains once more while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(f"standard output: cannot be written ({error.strerror}); is its reader gone?") from None
-
-
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    """Unwind, so that nothing half-made stays; a second signal of the kind does not wait for that."""
-    signal.signal(signum, signal.SIG_DFL)
-    if signum == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(TERMINATED)
+        if error.errno == errno.EPIPE:
+            sys.exit(OutputError.exit_code)
+        raise OutputError(f"standard output: cannot be written ({error.strerror}); free some space there") from None
 
 
 def _show_ours(show: Any) -> Any:
@@ -109,22 +107,16 @@ def _show_ours(show: Any) -> Any:
 
 def run(command: click.Command, *, once_stopped: str = "") -> NoReturn:
     """Run `command` with the arguments of the process and exit; `once_stopped` says what to do after a signal."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
-            signal.signal(signum, _stop)
     warnings.showwarning = _show_ours(warnings.showwarning)
-    try:
-        command.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except Int4Error as error:
-        click.echo(f"error: {printable(str(error))}", err=True)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo(f"interrupted{once_stopped}", err=True)
-        sys.exit(INTERRUPTED)
-    except SystemExit:
-        click.echo(f"terminated{once_stopped}", err=True)
-        raise
+    with stoppable(once_stopped):
+        try:
+            command.main(standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except Int4Error as error:
+            click.echo(f"error: {printable(str(error))}", err=True)
+            sys.exit(error.exit_code)
+        except click.Abort:  # what click makes of Ctrl-C, on a new line
+            raise KeyboardInterrupt from None
     sys.exit(0)

@@ -9,6 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -282,27 +283,31 @@ class Writer:
     """
 
     def __init__(self, file: NewFile, specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
-        header = build_header(specs, metadata)
+        self._header = build_header(specs, metadata)
         self._file = file
         self._writing, self._hashing = Lane(), Lane()
+        self._lanes = ExitStack()
         self._digest = hashlib.sha256()
         self._hashed = 0
-        self._size = len(header)
+        self._size = len(self._header)
         self._left: dict[str, tuple[int, int]] = {}  # where the next piece of a tensor belongs, and where it ends
         for name in file_order(specs):
             end = self._size + specs[name].nbytes
             self._left[name] = self._size, end
             self._size = end
-        self._write(header, 0)
 
     def __enter__(self) -> "Writer":
+        with ExitStack() as lanes:
+            lanes.enter_context(self._hashing)  # left last: whatever writing raises, no thread stays
+            lanes.enter_context(self._writing)
+            self._write(self._header, 0)
+            self._lanes = lanes.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._writing.__exit__(kind, error, trace)
-        self._hashing.__exit__(kind, error, trace)
+        self._lanes.__exit__(kind, error, trace)
 
     def put(self, name: str, data: bytes | bytearray | memoryview) -> None:
         """Write the next bytes of the tensor `name`; raises `ValueError` when they are more than was announced.

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,19 +27,28 @@ def block_weights(device: torch.device) -> int:
     return BLOCK_WEIGHTS.get(device.type, BLOCK_WEIGHTS["cuda"])
 
 
-def parse_device(name: torch.device | str | None) -> torch.device:
+def parse_device(
+    name: torch.device | str | None, *, expected: str = "cpu, cuda, or cuda:N for the N-th GPU from 0"
+) -> torch.device:
     """The device `name`, or without one the GPU if there is one, else the CPU.
 
-    Raises `UsageError` for a name that means nothing, and for a device that is not there or holds no numbers.
+    Raises `UsageError` for a name that means nothing, where others were `expected`, and for a device that is not there
+    or holds no numbers.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+    except RuntimeError:  # whose text lists the inside of torch
+        raise UsageError(f"device {str(name)!r}: is none; expected {expected}") from None
+    try:
         torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:120]
-        raise UsageError(f"device {str(name)!r}: {reason}; use cpu, or a GPU that is there") from None
+        built = torch.version.cuda or torch.version.hip
+        usual = "use cpu, or a GPU that is there"
+        advice = usual if built or device.type != "cuda" else "install a CUDA build of torch, or use cpu"
+        raise UsageError(f"device {str(name)!r}: {reason}; {advice}") from None
     return device
 
 
@@ -49,7 +58,8 @@ def parse_devices(names: str | None) -> list[torch.device]:
         names = ",".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
         if not names:
             raise UsageError("device 'all': there is no GPU here; use cpu")
-    found = [parse_device(name) for name in (names.split(",") if names is not None else [None])]
+    one = partial(parse_device, expected="cpu, cuda, cuda:N, several of these with commas between them, or all")
+    found = [one(name) for name in (names.split(",") if names is not None else [None])]
     if len(set(found)) < len(found):
         raise UsageError(f"devices {names!r}: names one twice")
     return found

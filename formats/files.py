@@ -53,14 +53,14 @@ def local_folder(model: str) -> Path | None:
 
 
 def link_roots(folder: Path) -> tuple[Path, ...]:
-    """The folders that links in `folder` may lead to: itself, or of a Hub snapshot all that its cache shares."""
+    """The folders that links in `folder` may lead to: itself, or in a Hub snapshot all that its cache shares."""
     folder = real_path(folder)
-    is_snapshot = folder.parent.name == "snapshots" and "--" in folder.parent.parent.name
-    if not is_snapshot:
-        return (folder,)
-    repository = folder.parent.parent
-    shared = repository.parent / SHARED_BLOBS
-    return (repository,) if shared.is_symlink() else (repository, shared)
+    for snapshots in folder.parents:  # not only the next: a model may be in a subfolder of its repository
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and "--" in repository.name:
+            shared = repository.parent / SHARED_BLOBS
+            return (repository,) if shared.is_symlink() else (repository, shared)
+    return (folder,)
 
 
 def open_regular(path: Path, roots: Sequence[Path] = ()) -> int:
@@ -72,6 +72,8 @@ def open_regular(path: Path, roots: Sequence[Path] = ()) -> int:
         # O_NONBLOCK: opening a FIFO would otherwise wait for a writer for ever.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise TemporaryError(f"{path}: cannot be opened ({error.strerror}); raise `ulimit -n`, run again") from None
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror}); is the checkpoint complete?") from None
     try:
         with reading(path):

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import PARTIAL_CONTENT
 from pathlib import Path
+from traceback import walk_tb
 
 from formats.errors import HubError, Int4Error, OutputError, TemporaryError, UsageError
 from formats.progress import bar_class, draws_bars
 
 BUSY = (408, 409, 412, 425, 429)  # 409 and 412: somebody else changes the repository
 CACHE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+UNREACHABLE = "is the Hub within reach? check the network and run again"
 TRANSPORTS = ("httpx", "httpcore", "h11", "requests", "urllib3", "hf_xet")  # beginnings of module names
 
 
@@ -31,7 +33,7 @@ def download(
     """
     from huggingface_hub import snapshot_download  # here, because importing it takes a second that --help need not pay
 
-    with hub_errors(repo_id, revision, repo_type):
+    with hub_errors(repo_id, revision, repo_type, or_folder=repo_type == "model"):
         folder = snapshot_download(
             repo_id,
             revision=revision,
@@ -124,9 +126,17 @@ def hub_bars(quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def hub_errors(
-    repo_id: str, revision: str | None = None, repo_type: str = "model", *, uploading: bool = False
+    repo_id: str,
+    revision: str | None = None,
+    repo_type: str = "model",
+    *,
+    uploading: bool = False,
+    or_folder: bool = False,
 ) -> Iterator[None]:
-    """Inside, what huggingface_hub raises becomes `HubError`, `TemporaryError`, `UsageError` or `OutputError`."""
+    """Inside, what huggingface_hub raises becomes `HubError`, `TemporaryError`, `UsageError` or `OutputError`.
+
+    `or_folder` says that `repo_id` may have been meant as the path of a folder, which is not there.
+    """
     from huggingface_hub import errors
 
     where = repo_id if revision is None else f"{repo_id} at {revision!r}"
@@ -158,11 +168,15 @@ def hub_errors(
             raise _by_status(where, error.__cause__.response.status_code, uploading) from None
         if uploading:
             raise UsageError(f"{where}: nothing can be uploaded while HF_HUB_OFFLINE is set; unset it") from None
+        lacking = "no such folder here, and as a Hub repository it " if or_folder else ""
+        advice = "check the path, or connect and run again" if or_folder else "connect and run again"
         raise TemporaryError(
-            f"{where}: is not in the local cache and the Hub cannot be reached (offline mode, or no network); "
-            "connect and run again"
+            f"{where}: {lacking}is not in the local cache, and the Hub cannot be reached (offline mode, or no "
+            f"network); {advice}"
         ) from None
     except ValueError as error:
+        if not _is_clients(error):
+            raise
         raise HubError(
             f"{where}: cannot be {task}ed ({type(error).__name__}); check HF_ENDPOINT, HF_TOKEN and the repository"
         ) from None
@@ -173,13 +187,19 @@ def hub_errors(
             raise OutputError(
                 f"{where}: the Hub cache cannot be written ({reason}); see HF_HOME and its disk"
             ) from None
-        raise TemporaryError(f"{where}: the {task} failed ({reason}); run again") from None
+        raise TemporaryError(f"{where}: the {task} failed ({reason}); {UNREACHABLE}") from None
     except Exception as error:
         if not _is_transport(error):
             raise
         if isinstance(error.__cause__, errors.HfHubHTTPError):  # of one file among several
             raise _by_status(where, error.__cause__.response.status_code, uploading) from None
-        raise TemporaryError(f"{where}: the {task} failed ({type(error).__name__}); run again") from None
+        raise TemporaryError(f"{where}: the {task} failed ({type(error).__name__}); {UNREACHABLE}") from None
+
+
+def _is_clients(error: Exception) -> bool:
+    """Whether it was raised below a function of huggingface_hub, and not by a mistake in our own code around it."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    return any(module.partition(".")[0] == "huggingface_hub" for module in modules)
 
 
 def _is_transport(error: Exception) -> bool:

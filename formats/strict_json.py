@@ -1,6 +1,7 @@
 """JSON without its ambiguities: no duplicate keys, no NaN, no unbounded nesting, one canonical text."""
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from formats.errors import CheckpointError
@@ -9,8 +10,8 @@ from formats.errors import CheckpointError
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     parsed = dict(pairs)
     if len(parsed) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"duplicate key {twice!r}")
     return parsed
 
 

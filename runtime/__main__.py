@@ -1,5 +1,5 @@
 """`python -m runtime` is `int4-eval`."""
 
-from runtime.cli import main
+from formats.entry import evaluate
 
-main()
+evaluate()

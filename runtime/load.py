@@ -20,6 +20,7 @@ from formats.architecture import (
 from formats.checkpoint import Checkpoint, StoredTensor
 from formats.devices import parse_device, room_for
 from formats.errors import CheckpointError, Int4Error
+from formats.files import local_folder
 from formats.hub import download
 from formats.manifest import Manifest, quantization_config
 from formats.tensors import TORCH_DTYPES
@@ -93,11 +94,12 @@ def load(
 def resolve(
     folder_or_hub_id: str | Path, revision: str | None = None, *, ignore: Sequence[str] = (), quiet: bool = False
 ) -> Path:
-    """The local folder of a checkpoint: itself, or its snapshot from the Hub without files that match `ignore`."""
-    folder = Path(folder_or_hub_id)
-    if folder.is_dir():
-        return folder
-    return download(str(folder_or_hub_id), revision, ignore=ignore, quiet=quiet)
+    """The local folder of a checkpoint: itself, or its snapshot from the Hub without files that match `ignore`.
+
+    Raises `UsageError` for a file, and as `download` does.
+    """
+    model = str(folder_or_hub_id)
+    return local_folder(model) or download(model, revision, ignore=ignore, quiet=quiet)
 
 
 class _Slice:

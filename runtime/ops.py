@@ -163,8 +163,7 @@ def _by_expert(ends: Tensor, stack: Quantized) -> Iterator[tuple[Quantized, slic
     begin = 0
     for expert, end in enumerate(ends.tolist()):
         if end > begin:
-            zero_point = None if stack.zero_point is None else stack.zero_point[expert]
-            yield Quantized(stack.packed[expert], stack.scale[expert], zero_point), slice(begin, end)
+            yield stack.matrix(expert), slice(begin, end)
         begin = end
 
 

@@ -1,14 +1,23 @@
+import hashlib
 import json
+import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import convert_folder, random, write_checkpoint
+from torch import Tensor
 
+from formats import checkpoint
 from formats.checkpoint import Checkpoint
 from formats.container import Container
-from formats.errors import CheckpointError
-from formats.layout import Scheme
+from formats.errors import CheckpointError, TemporaryError
+from formats.layout import Scheme, TensorSpec
 from formats.manifest import CARD_NAME, EVALUATION_NAME, MANIFEST_NAME, Manifest
 from formats.records import from_json
 from formats.tensors import TORCH_DTYPES
@@ -69,6 +78,83 @@ def test_every_flipped_bit_and_every_cut_of_a_shard_is_found_by_loading(tmp_path
             list(checkpoint.stream())
     path.write_bytes(whole)
     assert len(list(checkpoint.stream())) == 2
+
+
+def respelt(folder: Path) -> Path:
+    """A shard whose header is another text of the same, as another program may write it, or a flipped bit makes it."""
+    convert_folder(write_checkpoint(folder / "source", {"é.weight": random(8, 8)}, shards=1), folder / "out")
+    path = shard_of(folder / "out")
+    whole = path.read_bytes()
+    assert whole.count(rb"\u00e9") == 2
+    path.write_bytes(whole.replace(rb"\u00e9", rb"\u00E9"))
+    return path
+
+
+def test_a_flipped_bit_that_leaves_the_meaning_of_a_header_is_found_by_loading(tmp_path: Path) -> None:
+    path = respelt(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{path.name}: SHA-256 is \w+…, the manifest says \w+…; the file is"):
+        list(Checkpoint(path.parent).stream())
+
+
+def test_a_header_that_another_program_has_spelt_is_read(tmp_path: Path) -> None:
+    path = respelt(tmp_path)
+    manifest = json.loads((path.parent / MANIFEST_NAME).read_text())
+    record = next(file for file in manifest["files"] if file["name"] == path.name)
+    record["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    reseal(path.parent, manifest)
+    assert len(list(Checkpoint(path.parent).stream())) == 2
+
+
+class OneThread(ThreadPoolExecutor):
+    """A pool that says when it is to end."""
+
+    ends = Event()
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(1)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
+        self.ends.set()
+        super().shutdown(wait)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_nobody_waits_for_any_more_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    begun, read = list[str](), Checkpoint._read
+
+    def noting(self: Checkpoint, container: Container, name: str, *rest: Any) -> Tensor:
+        begun.append(name)
+        if len(begun) == 2:
+            assert OneThread.ends.wait(30)
+        if fails:
+            raise CheckpointError("damaged")
+        return read(self, container, name, *rest)
+
+    OneThread.ends.clear()
+    monkeypatch.setattr(Checkpoint, "_read", noting)
+    monkeypatch.setattr(checkpoint, "ThreadPoolExecutor", OneThread)
+    stream = Checkpoint(folder).stream()
+    with pytest.raises(CheckpointError, match="damaged") if fails else nullcontext():
+        next(stream)
+    stream.close()
+    assert len(begun) <= 2
+
+
+def test_the_work_of_a_stream_grows_with_the_tensors_and_no_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"{i}.norm": torch.zeros(1) for i in range(300)} | {"a.weight": random(8, 8)}
+    convert_folder(write_checkpoint(tmp_path / "source", tensors, shards=1), tmp_path / "out")
+    asked, nbytes = list[int](), TensorSpec.nbytes.fget  # type: ignore[attr-defined]
+
+    def counting(self: TensorSpec) -> int:
+        asked.append(1)
+        return int(nbytes(self))
+
+    monkeypatch.setattr(TensorSpec, "nbytes", property(counting))
+    assert len(list(Checkpoint(tmp_path / "out").stream())) == 302
+    assert len(asked) < 20 * 300
 
 
 @pytest.mark.parametrize("change", [-1, 1])
@@ -149,3 +235,17 @@ def test_a_row_with_the_digest_of_another_tensor_is_found(folder: Path) -> None:
     reseal(folder, manifest)
     with pytest.raises(CheckpointError, match="tensor 'model.norm.weight' has the SHA-256 .* the manifest says 000000"):
         Checkpoint(folder).verify()
+
+
+def test_more_shards_than_may_be_open_are_no_damage(folder: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    whole, spare = Checkpoint(folder), os.dup(0)
+    os.close(spare)  # the lowest that is free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare + 1, limits[1]))
+    try:
+        with pytest.raises(
+            TemporaryError, match=r"00002.i4.safetensors: cannot be opened \(Too many .*; raise `ulimit -n`"
+        ):
+            whole.verify()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

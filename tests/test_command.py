@@ -1,9 +1,12 @@
 """How the commands explain themselves: help, completion, `python -m`."""
 
 import os
+import re
 import shlex
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -15,7 +18,9 @@ import converter.export_cli
 import converter.push_cli
 import formats.cli
 import runtime.cli
-from formats.command import Command, quiet_option
+from formats.command import Command, quiet_option, run
+
+ROOT = Path(__file__).parents[1]
 
 COMMANDS = {
     "int4-convert": converter.cli.command,
@@ -45,7 +50,7 @@ def test_help_has_options_under_headings_and_examples_to_copy() -> None:
     assert help_of(toy(Loudness=("--times", "--quiet"))).split("\n\n")[2:] == [
         "Loudness:\n"
         "  --times INTEGER  How often.  [default: 1]\n"
-        "  --quiet          Print nothing but errors, and what --json asks for.",
+        "  --quiet          Print nothing but warnings and errors, and what --json asks\n                   for.",
         "Other options:\n"
         "  --a-name-that-is-too-long-for-the-column\n"
         "                   Below.\n"
@@ -95,11 +100,56 @@ def test_every_package_is_a_command(package: str, name: str) -> None:
     assert done.stdout.startswith(f"Usage: python -m {package} [OPTIONS] {name}")
 
 
+SCRIPTS = dict(
+    re.findall(r'^(int4-\w+) = "(formats\.entry:\w+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+)
+BEGINNINGS = {
+    name: ["-c", f"from {entry.replace(':', ' import ')} as begin; begin()"] for name, entry in SCRIPTS.items()
+} | {f"python -m {package}": ["-m", package] for package in ("converter", "formats")}
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "python -m converter", "python -m formats"])
+@pytest.mark.parametrize(
+    ("signum", "end"), [(signal.SIGINT, (130, "interrupted\n")), (signal.SIGTERM, (143, "terminated\n"))]
+)
+def test_a_signal_while_a_command_imports_its_parts_ends_it_with_a_word(
+    tmp_path: Path, name: str, signum: signal.Signals, end: tuple[int, str]
+) -> None:
+    program = "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(9)\nexcept BaseException:\n    0\n"
+    (tmp_path / "torch.py").write_text(program)  # which swallows what is raised in it
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, *BEGINNINGS[name], "x", "y"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signum)
+        _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == end
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("asked", ["bash_source", "zsh_source", "bash_complete"])
+def test_what_a_shell_asks_at_every_start_is_answered_without_another_word(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str, asked: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # else click takes the name for pytest's
+    variables = {f"_{name.replace('-', '_').upper()}_COMPLETE": asked, "COMP_WORDS": f"{name} --", "COMP_CWORD": "1"}
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(signal, "signal", lambda *rest: None)  # pytest's handlers stay
+    with pytest.raises(SystemExit) as exit_info:
+        run(COMMANDS[name], once_stopped="; the same again")
+    printed = capfd.readouterr()
+    assert (exit_info.value.code, bool(printed.out), printed.err) == (0, True, "")
+
+
 def test_the_shell_is_told_how_to_complete() -> None:
     """What README has people put into their shell's start-up file, and what the shell asks then."""
 
     def answer(**variables: str) -> str:
-        program = "import sys; sys.argv = ['int4-inspect']; from formats.cli import main; main()"
+        program = "import sys; sys.argv = ['int4-inspect']; from formats.entry import inspect; inspect()"
         environment = os.environ | variables
         return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout
 

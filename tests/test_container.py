@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from formats.container import Container, Writer, build_header, file_order
-from formats.errors import CheckpointError
-from formats.files import publish
+from formats.errors import CheckpointError, OutputError
+from formats.files import NewFile, publish
 from formats.layout import DTYPE_BYTES, TensorSpec
 from formats.strict_json import parse_object
 from formats.tensors import TORCH_DTYPES, bytes_of, read_tensor, spec_of
@@ -104,6 +105,12 @@ def test_a_header_that_was_known_counts_only_as_long_as_the_file_has_it(tmp_path
         save_file(other, path)
         with Container(path, known=known) as container:
             assert container.tensors.keys() == other.keys()
+
+
+def test_a_key_that_comes_twice_among_many_is_found_at_once() -> None:
+    keys = ", ".join(f'"{i}": 0' for i in [*range(100_000), 99_999])
+    with pytest.raises(CheckpointError, match="duplicate key '99999'"):
+        parse_object(f"{{{keys}}}".encode(), "header")
 
 
 def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
@@ -230,6 +237,17 @@ def test_a_tensor_of_the_wrong_size_is_noticed(tmp_path: Path) -> None:
         writer.put("a", b"\0" * 7)
         with pytest.raises(ValueError, match="got 1 bytes too many"):
             writer.put("a", b"\0" * 2)
+
+
+def test_no_thread_outlives_a_writer_that_fails(tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)  # which cannot be written
+    before = threading.enumerate()
+    writer = Writer(NewFile(tmp_path, folder), {"a": TensorSpec("F32", (2,))}, {})
+    assert threading.enumerate() == before  # nothing begins that the context does not end
+    with pytest.raises(OutputError), writer:
+        pass
+    os.close(folder)
+    assert threading.enumerate() == before
 
 
 def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(tmp_path: Path) -> None:

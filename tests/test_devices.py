@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from formats import devices
-from formats.devices import BLOCK_WEIGHTS, block_weights, has_triton, keep_freed_memory, parse_devices, room_for
+from formats.devices import (
+    BLOCK_WEIGHTS,
+    block_weights,
+    has_triton,
+    keep_freed_memory,
+    parse_device,
+    parse_devices,
+    room_for,
+)
 from formats.errors import Int4Warning, TemporaryError, UsageError
 
 
@@ -38,6 +46,30 @@ def test_all_is_every_gpu_and_none_may_come_twice(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(UsageError, match="there is no GPU"):
         parse_devices("all")
+
+
+def test_a_name_that_is_no_device_is_told_what_is_one() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_device("gpu")
+    assert str(caught.value) == "device 'gpu': is none; expected cpu, cuda, or cuda:N for the N-th GPU from 0"
+    with pytest.raises(UsageError, match=r"'gpu': is none; expected cpu, cuda, cuda:N, several .*, or all$"):
+        parse_devices("cpu,gpu")
+
+
+@pytest.mark.parametrize(
+    ("built", "advice"), [(None, "install a CUDA build of torch"), ("13.0", "a GPU that is there")]
+)
+def test_a_gpu_that_is_not_there_is_told_from_a_torch_without_any(
+    monkeypatch: pytest.MonkeyPatch, built: str | None, advice: str
+) -> None:
+    def refuse(*rest: object, **options: object) -> None:
+        raise AssertionError("No such GPU")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(UsageError, match=f"device 'cuda': No such GPU; .*{advice}"):
+        parse_device("cuda")
 
 
 @pytest.fixture

@@ -6,25 +6,28 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import add_to_config, random, write_checkpoint
+from checkpoints import EXAMPLE, add_to_config, convert_folder, random, write_checkpoint
 from huggingface_hub import constants
 from local_hub import DROP, REPO, TOKEN, LocalHub, Request
 from safetensors.torch import save_file
 
+import runtime
+from converter import shards
 from converter.cli import command
 from converter.conversion import Conversion
 from converter.source import open_source
 from converter.weights import HubWeights
 from formats.errors import CheckpointError, HubError, Int4Error, Int4Warning, OutputError, TemporaryError, UsageError
-from formats.hub import download
+from formats.hub import download, hub_errors, list_files
+from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME, read_manifest
 from runtime.load import resolve
 
@@ -63,10 +66,12 @@ def error_of(model: str = REPO, revision: str | None = None) -> Int4Error:
     return caught.value
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port that nobody listens at, nor can meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
 
 
 def test_a_hub_id_converts_to_the_same_bytes_as_its_folder(hub: LocalHub, tmp_path: Path) -> None:
@@ -295,24 +300,25 @@ def test_low_disk_goes_on_behind_the_finished_shards(
     hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.push(make_checkpoint(tmp_path / "source"))
-    with monkeypatch.context() as patched, pytest.raises(TemporaryError):
-        patched.setattr(HubWeights, "fetch", failing_fetch(SHARDS[1]))
+    first, convert_shard, fetch = Event(), shards.convert_shard, HubWeights.fetch
+
+    def noting(*args: Any) -> None:
+        convert_shard(*args)
+        first.set()
+
+    def failing(self: HubWeights, name: str) -> None:
+        if name == SHARDS[1]:
+            assert first.wait(30)
+            raise TemporaryError("busy")
+        fetch(self, name)
+
+    with monkeypatch.context() as patched, pytest.raises(TemporaryError, match="busy"):
+        patched.setattr(shards, "convert_shard", noting)
+        patched.setattr(HubWeights, "fetch", failing)
         convert(REPO, str(tmp_path / "out"), "--low-disk")
     hub.requests.clear()
     convert(REPO, str(tmp_path / "out"), "--low-disk")
     assert not [request for request in weight_requests(hub) if SHARDS[0] in request.path and request.range is None]
-
-
-def failing_fetch(name: str) -> Callable[[HubWeights, str], None]:
-    fetch = HubWeights.fetch
-
-    def failing(self: HubWeights, asked: str) -> None:
-        if asked == name:
-            time.sleep(0.1)
-            raise TemporaryError("busy")
-        fetch(self, asked)
-
-    return failing
 
 
 @pytest.mark.parametrize(("status", "retry_after"), [(429, "1"), (503, None), (DROP, None)])
@@ -340,6 +346,15 @@ def test_the_runtime_resolves_a_hub_id_to_the_files_of_its_commit(hub: LocalHub,
     commit = hub.push(files, branch="trial")
     folder = resolve(REPO, "trial")
     assert (folder.name, contents(folder)) == (commit, files)
+
+
+def test_a_model_in_a_subfolder_of_its_repository_is_loaded(hub: LocalHub, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    convert_folder(EXAMPLE, tmp_path / "out", Scheme(256))
+    hub.push({f"sub/{name}": data for name, data in contents(tmp_path / "out").items()})
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(REPO, subfolder="sub", variant="i4", cache_dir=constants.HF_HUB_CACHE)
+    assert sum(isinstance(layer, runtime.Int4Linear) for layer in model.modules()) == 21
 
 
 def test_an_unknown_repository_is_a_hub_error(hub: LocalHub) -> None:
@@ -415,9 +430,11 @@ def test_an_answer_that_is_no_hubs_is_a_hub_error(hub: LocalHub) -> None:
     assert type(error_of()) is HubError
 
 
-def test_a_refused_connection_is_a_temporary_error(local_client: Callable[[str], None]) -> None:
-    local_client(f"http://127.0.0.1:{free_port()}")
+def test_a_refused_connection_is_a_temporary_error(local_client: Callable[[str], None], deaf_port: int) -> None:
+    local_client(f"http://127.0.0.1:{deaf_port}")
     assert type(error_of()) is TemporaryError
+    with pytest.raises(TemporaryError, match=r"failed \(ConnectError\); is the Hub within reach\? check the network"):
+        list_files(REPO, "main")
 
 
 def test_a_repository_that_is_not_cached_is_a_temporary_error_offline(
@@ -426,6 +443,14 @@ def test_a_repository_that_is_not_cached_is_a_temporary_error_offline(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert type(error_of()) is TemporaryError
     assert not hub.requests
+
+
+def test_a_mistyped_folder_is_said_not_to_be_there(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(TemporaryError, match=r"moedl: no such folder here, and as a Hub repository it is not .* path"):
+        resolve("moedl")
+    with pytest.raises(TemporaryError, match=r"owner/text: is not in the local cache, and the Hub cannot"):
+        download("owner/text", repo_type="dataset")
 
 
 def raise_in_client(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
@@ -440,6 +465,11 @@ def test_a_mistake_in_a_program_is_no_network_trouble(monkeypatch: pytest.Monkey
     raise_in_client(monkeypatch, error)
     with pytest.raises(type(error)):
         download(REPO)
+
+
+def test_a_mistake_of_ours_around_the_client_is_not_the_hubs() -> None:
+    with pytest.raises(ValueError, match="ours"), hub_errors(REPO):
+        raise ValueError("ours")
 
 
 class ReadError(Exception):

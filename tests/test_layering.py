@@ -32,7 +32,8 @@ FLOORS: dict[str, set[str]] = {
     "formats.devices": {"formats.errors", "torch", "triton"},
     "formats.progress": {"tqdm"},
     "formats.hub": {"formats.errors", "formats.progress", "huggingface_hub"},
-    "formats.command": {"formats.errors", "formats.progress", "click"},
+    "formats.entry": set(),
+    "formats.command": {"formats.entry", "formats.errors", "formats.progress", "click"},
     "formats.architecture": {"formats.errors", "formats.progress", "transformers"},
     "formats.mapping": {"torch", "transformers"},
     "formats.texts": {"formats.errors", "formats.hub", "formats.architecture", "torch"},
@@ -45,12 +46,11 @@ FLOORS["formats.checkpoint"] = {
     "formats.codec", "formats.container", "formats.errors", "formats.files", "formats.layout", "formats.manifest",
     "formats.tensors", "torch",
 }  # fmt: skip
-FLOORS["formats.__main__"] = {"formats.cli"}
+FLOORS["formats.__main__"] = {"formats.entry"}
 INTEROP = {"formats.codec", "formats.errors", "formats.interop.base", "formats.layout", "torch"}
 FLOORS["formats.interop.base"] = INTEROP - {"formats.interop.base"}
 FLOORS["formats.interop.signs"] = {"torch"}
 FLOORS["formats.interop.groups"] = {"formats.codec", "formats.layout", "torch"}
-FLOORS["formats.interop.experts"] = {"formats.codec"}
 FLOORS |= {f"formats.interop.{name}": INTEROP for name in ("compressed_tensors", "gptq", "mlx", "proof")}
 FLOORS["formats.interop.awq"] = INTEROP | {"formats.interop.signs"}
 FLOORS["formats.interop.imported"] = INTEROP | {"formats.interop.proof", "formats.interop.signs"}

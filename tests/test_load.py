@@ -1,8 +1,10 @@
+import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 import runtime
 from formats import codec
 from formats.checkpoint import Checkpoint
-from formats.errors import CheckpointError, TemporaryError
+from formats.errors import CheckpointError, TemporaryError, UsageError
 from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME
+from runtime.integrations import when_imported
 
 
 class Attention(nn.Module):
@@ -370,6 +373,16 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
         runtime.load(edited_example(tmp_path, architectures=["NoSuchModel"]), device="cpu")
 
 
+def test_a_name_that_no_file_can_have_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="is neither a folder here nor a Hub id"):
+        runtime.load("a" * 300)
+
+
+def test_a_file_instead_of_its_folder_is_a_usage_error(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"00001-of-00002.i4.safetensors: is a file; give the folder that holds it"):
+        runtime.load(next(folder.glob("*-00001-*")))
+
+
 def test_a_checkpoint_that_did_not_finish_is_refused(folder: Path) -> None:
     (folder / MANIFEST_NAME).unlink()
     with pytest.raises(CheckpointError, match="did not finish"):
@@ -386,3 +399,32 @@ def test_without_transformers_load_names_the_extra(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "pip install 'int4-convert[hf]', or fill a module of your own with runtime.load_into" in done.stdout
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A module that nobody has imported, and cannot while there is a file `broken` beside it."""
+    name = "throwaway_of_test_load"
+    program = "from pathlib import Path\n0 if not Path(__file__).with_name('broken').exists() else 1 / 0\n"
+    (tmp_path / f"{name}.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
+    yield name
+    sys.modules.pop(name, None)
+
+
+def test_who_waits_for_a_module_is_told_once_it_is_executed(module: str, tmp_path: Path) -> None:
+    told: list[str] = []
+    for waiting in "ab":
+        when_imported(module, partial(told.append, waiting))
+    before = len(sys.meta_path)
+    assert importlib.util.find_spec(module) is not None  # as many libraries look for another
+    (tmp_path / "broken").touch()
+    with pytest.raises(ZeroDivisionError):
+        importlib.import_module(module)
+    assert (told, len(sys.meta_path)) == ([], before)
+    (tmp_path / "broken").unlink()
+    importlib.import_module(module)
+    assert (sorted(told), len(sys.meta_path)) == (["a", "b"], before - 2)
+    when_imported(module, partial(told.append, "c"))
+    assert told[2:] == ["c"]

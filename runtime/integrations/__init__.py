@@ -1,6 +1,5 @@
 """Where other libraries meet the runtime; none of them is imported before somebody else does so."""
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -29,22 +28,25 @@ class _Watch(MetaPathFinder):
         """The spec of the module that is watched; None for any other."""
         if fullname != self._module:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = self._as_the_others(fullname, path, target)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_tell(module: ModuleType) -> None:
-            try:
-                execute(module)
-            except BaseException:
-                sys.meta_path.insert(0, self)  # the next try is watched too
-                raise
-            self._then()
+            execute(module)
+            if self in sys.meta_path:  # until now: many only look whether there is such a module, or fail to import it
+                sys.meta_path.remove(self)
+                self._then()
 
         spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
         return spec
+
+    def _as_the_others(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        """What the finders behind this one find."""
+        finders = list(sys.meta_path)
+        behind = finders[finders.index(self) + 1 :] if self in finders else finders
+        return next((spec for finder in behind if (spec := finder.find_spec(fullname, path, target))), None)
 
 
 def register_with_transformers() -> None:

@@ -52,8 +52,7 @@ def grouped(x: Tensor, ends: Tensor, stack: Quantized, scheme: Scheme) -> Tensor
     `ends` [E] says behind which row each expert's end, the last behind all. Nothing waits for the GPU.
     """
     (size, columns), (experts, rows, _) = x.shape, stack.packed.shape
-    one = Quantized(stack.packed[0], stack.scale[0], None if stack.zero_point is None else stack.zero_point[0])
-    (_, _, _, *sizes), constants = weight_arguments(one, columns, scheme)
+    (_, _, _, *sizes), constants = weight_arguments(stack.matrix(0), columns, scheme)
     zero_point = stack.packed if stack.zero_point is None else stack.zero_point  # unused when symmetric
     y = x.new_empty(size, rows)
     block_m = min(MAX_BLOCK_M, max(16, triton.next_power_of_2(ceil_div(size, experts))))
