@@ -15,15 +15,18 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 KEPT_BY_DEFAULT = tuple(
     (re.compile(pattern, re.IGNORECASE), reason)
     for pattern, reason in (
+        (r"(^|\.)(gate(\.(wg|down_proj))?|shared_expert_gate)$|(^|\.)[^.]*router[^.]*(\.|$)", "router"),
         (
-            r"(^|\.)(lm_head|mlm_head|embed_out|score|classifier|qa_outputs|vocab_projector|cls\.predictions\.decoder)$"
-            r"|^(output|proj_out|head)$",
+            r"(^|\.)([^.]*lm_head|mlm_head|embed_out|unembed|score|classifier|qa_outputs|vocab_projector"
+            r"|([^.]*predictions|[^.]*lm_head|head)\.decoder)$"
+            r"|^(output|proj_out|head|decoder|cls|logits_dense|log_softmax\.mlp\.layer0)$"
+            r"|^(?!.*\.\d+\.)([^.]+\.)*output_projection$",
             "output head",
         ),
-        (r"(^|\.)(gate|router|shared_expert_gate)$|(^|\.)router\.", "router"),
-        (r"(^|\.)([^.]*norm_?\d*|ln_[^.]*)$", "norm"),
+        (r"(^|\.)([^.]*norm_?\d*|ln_[^.]*)$|\.\d+\.[^.]*layernorm\.", "norm"),
         (
-            r"(^|\.)(visual|vision[^.]*|audio[^.]*|image[^.]*|mm_projector|multi_modal_projector|[^.]*_tower)(\.|$)",
+            r"(^|\.)(visual(?!_bert)[^.]*|vision[^.]*|audio[^.]*|image[^.]*|sam_model|qformer|[^.]*_tower"
+            r"|[^.]*(projector|merger|aligner|connector)(_list)?)(\.|$)",
             "vision or audio part",
         ),
     )
@@ -31,8 +34,9 @@ KEPT_BY_DEFAULT = tuple(
 
 # Never a linear layer, whatever a pattern says: nothing could load it as one.
 EMBEDDING = re.compile(
-    r"(^|\.)([^.]*embed|[^.]*embeddings?|[^.]*embed_(tokens|positions|in)(?!.*proj)[^.]*"
-    r"|token_embd|(tok_|pos_)?emb|wte|wpe|codebook|shared|relative_attention_bias)$"
+    r"(^|\.)((?!unembed$)[^.]*embed|[^.]*embeddings?(_table|_\d+)?"
+    r"|[^.]*embed_(tokens|positions|in|global)(?!.*proj)[^.]*|embed_positions\.[^.]*|(row|column)_embedder"
+    r"|token_embd|([^.]*_)?emb|wte|wpe|codebook|shared|relative_attention_bias)$|^(transformer\.)?w$"
 )
 
 # What transformers calls a linear layer whose weight is [in, out], and the models that have it.
