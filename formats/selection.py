@@ -46,12 +46,17 @@ CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 # Parameters that hold a matrix for every expert.
 FUSED_EXPERTS = re.compile(r"(^|[._])experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
 
+# Where others are, each architecture with its own shapes.
+OTHER_EXPERTS = re.compile(r"(^|[._])(experts|moe)\.(?!.*bias$)|(^|\.)(input|output)_linear\.weight$")
+
 
 def never_quantized(name: str, spec: TensorSpec) -> str | None:
     """Why no option can make the tensor int4, or None if one can."""
     experts = is_fused_experts(name, spec)
     if name.endswith(".bias"):
         return "bias"
+    if not experts and _is_other_experts(name, spec):
+        return "experts in a layout that is not known"
     if len(spec.shape) != 2 and not experts:
         return f"{len(spec.shape)}-D"
     if spec.dtype not in FLOAT_DTYPES:
@@ -68,6 +73,12 @@ def never_quantized(name: str, spec: TensorSpec) -> str | None:
 def is_fused_experts(name: str, spec: TensorSpec) -> bool:
     """Whether the tensor is a stack of the matrices of experts, [E, N, K] or [E, K, N]."""
     return len(spec.shape) == 3 and FUSED_EXPERTS.search(name) is not None
+
+
+def _is_other_experts(name: str, spec: TensorSpec) -> bool:
+    """Whether the tensor holds matrices of several experts in another way."""
+    several = len(spec.shape) == 3 or (len(spec.shape) == 2 and not name.endswith(WEIGHT))
+    return several and OTHER_EXPERTS.search(name) is not None
 
 
 def is_conv1d(name: str, model_types: Collection[str]) -> bool:

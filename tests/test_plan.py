@@ -21,6 +21,7 @@ def quantized(plan: Plan) -> set[str]:
     return {tensor.name for tensor in plan.tensors if tensor.quantized}
 
 
+OTHER_EXPERTS = "experts in a layout that is not known"
 LINEARS = {"model.layers.0.q_proj.weight", "model.layers.0.down_proj.weight"}
 
 
@@ -142,9 +143,14 @@ def test_names_that_are_kept_by_default(name: str, reason: str | None) -> None:
         ("a.norm.weight", TensorSpec("BF16", (8,)), "1-D"),
         ("a.conv1d.weight", TensorSpec("BF16", (8, 1, 4)), "3-D"),
         ("a.A_log", TensorSpec("BF16", (8, 8)), "not named .weight"),
-        ("a.moe.input_linear.weight", TensorSpec("BF16", (2, 8, 8)), "3-D"),
-        ("a.experts.mlp.w1", TensorSpec("BF16", (16, 8)), "not named .weight"),
-        ("a.experts.gate_up_proj", TensorSpec("BF16", (16, 8)), "not named .weight"),
+        ("a.moe.input_linear.weight", TensorSpec("BF16", (2, 8, 8)), OTHER_EXPERTS),
+        ("a.mlp.output_linear.weight", TensorSpec("BF16", (2, 8, 8)), OTHER_EXPERTS),
+        ("a.mlp.output_linear.weight", TensorSpec("BF16", (8, 8)), None),
+        ("a.experts.fc1.weight", TensorSpec("BF16", (2, 8, 8)), OTHER_EXPERTS),
+        ("a.experts.w13_weight", TensorSpec("BF16", (2, 8, 8)), OTHER_EXPERTS),
+        ("a.experts.mlp.w1", TensorSpec("BF16", (16, 8)), OTHER_EXPERTS),
+        ("a.experts.gate_up_proj", TensorSpec("BF16", (16, 8)), OTHER_EXPERTS),
+        ("a.experts.0.w1.weight", TensorSpec("BF16", (16, 8)), None),
         ("a.experts.gate_up_proj_bias", TensorSpec("BF16", (2, 8)), "not named .weight"),
         ("a.experts.gate_up_proj", TensorSpec("I8", (2, 16, 8)), "type I8"),
         ("a.experts.gate_up_proj", TensorSpec("F32", (0, 16, 8)), "empty"),
