@@ -1,12 +1,14 @@
 """Int4 in the place of a parameter: the weight of a linear layer, or the matrices of fused experts."""
 
+from collections.abc import Container
+
 import torch
 from torch import nn
 
-from formats.layout import Scheme
+from formats.layout import PACKED, Scheme
 from formats.tensors import TORCH_DTYPES
 from runtime.experts import Int4Experts, Stack, hold_stack
-from runtime.linear import Int4Linear
+from runtime.linear import SUFFIXES, Int4Linear
 
 
 def swap(
@@ -50,6 +52,14 @@ def shape_in(owner: nn.Module, leaf: str, *, transposed: bool) -> tuple[int, ...
     if weight is None or not (weight.dim() == 3 or linear):
         return None
     return tuple(weight.mT.shape if transposed else weight.shape)
+
+
+def is_part(name: str, names: Container[str]) -> bool:
+    """Whether `name` is one of the tensors that stand for an int4 one, the packed words of which are among `names`.
+
+    Its end alone does not tell: models have parameters of their own that are called `logit_scale`.
+    """
+    return any(name.endswith(suffix) and name.removesuffix(suffix) + PACKED in names for suffix in SUFFIXES)
 
 
 def is_conv1d(module: nn.Module) -> bool:

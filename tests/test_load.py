@@ -105,6 +105,17 @@ def test_stacks_of_experts_are_what_the_modules_own_code_reads(again: bool, tmp_
     assert torch.equal(model.experts.down_proj_bias, tensors["experts.down_proj_bias"].float())
 
 
+def test_a_parameter_that_is_called_like_a_scale_takes_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    def add_scale(model: Model) -> None:
+        model.logit_scale = nn.Parameter(torch.zeros(1))
+
+    source = write_checkpoint(tmp_path / "source", {**tiny_tensors(), "logit_scale": random(1)})
+    convert_folder(source, tmp_path / "out")
+    model = runtime.load_into(build(add_scale), tmp_path / "out", device="cpu", dtype=torch.float32)
+    assert model.logit_scale.dtype == torch.float32
+    assert model.get_submodule("model.layers.0.q_proj").weight_scale.dtype == torch.bfloat16
+
+
 def test_conv1d_becomes_a_linear_layer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=32)

@@ -17,11 +17,13 @@ from test_architectures import GROUPED, IDS, SCHEME, dequantized, logits, random
 
 import runtime
 from formats.errors import CheckpointError
+from formats.layout import TensorSpec
 from formats.manifest import read_manifest
 
 transformers = pytest.importorskip("transformers")
 
 from runtime.experts import Int4Experts  # noqa: E402 - behind the check for transformers
+from runtime.integrations.names import Targets  # noqa: E402
 from runtime.integrations.transformers import Int4Config  # noqa: E402
 
 WHOLE = {**GROUPED, "intermediate_size": 128}  # halves of it are whole groups
@@ -97,6 +99,25 @@ def test_what_is_renamed_takes_the_type_of_the_model(tmp_path: Path) -> None:
     loaded = load(converted(tmp_path, "MixtralConfig", **MIXTRAL), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters() if parameter.is_floating_point()} == {torch.bfloat16}
     assert torch.isfinite(logits(loaded)).all()
+
+
+GEMMA_3N = {
+    **GROUPED, "intermediate_size": [96, 96], "head_dim": 16, "num_kv_shared_layers": 0, "laurel_rank": 32,
+    "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.95, 0.0],
+    "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16,
+}  # fmt: skip
+
+
+def test_what_is_called_like_a_scale_takes_the_type_of_the_model(tmp_path: Path) -> None:
+    loaded = load(converted(tmp_path, "Gemma3nTextConfig", **GEMMA_3N), dtype=torch.bfloat16)
+    assert loaded.get_parameter("model.layers.0.altup.correct_output_scale").dtype == torch.bfloat16
+
+
+def test_what_is_called_like_a_scale_is_kept() -> None:
+    model = random_model("Gemma3nTextConfig", GEMMA_3N)
+    names = {name for name, _ in model.named_parameters()}
+    assert any(name.endswith("_scale") for name in names)
+    assert Targets(model, None).assign(dict.fromkeys(names, TensorSpec("F32", (1,)))) == ({}, names)
 
 
 def test_the_models_own_code_may_read_the_experts(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from formats.errors import CheckpointError, some
 from formats.files import link_roots
 from formats.layout import PACKED, SCALE, TensorSpec
 from formats.mapping import NameMapping
-from runtime.linear import SUFFIXES
+from runtime.swap import is_part
 
 ROW_OPERATIONS = ("MergeModulelist", "SplitModulelist", "Concatenate", "Chunk", "Split")  # on whole rows or groups
 
@@ -31,7 +31,7 @@ class Targets:
             raise CheckpointError(f"holds packed words without scales: {some(lonely)}; fetch the checkpoint again")
         taken = {target: name for name in names for target in self.of_quantized(name, stored[name + PACKED])}
         kept: set[str] = set()
-        for name in (name for name in stored if not name.endswith(SUFFIXES)):
+        for name in (name for name in stored if not is_part(name, stored)):
             targets = self._mapping.find(name).targets
             kept.update(targets)
             if both := [target for target in targets if target in taken]:

@@ -22,7 +22,7 @@ from runtime.integrations.names import Targets, keeps_rows, read_headers, turns
 from runtime.integrations.parts import as_buffers, as_parameters, check_part
 from runtime.linear import SUFFIXES, Int4Linear
 from runtime.siblings import join
-from runtime.swap import is_conv1d, shape_in, swap
+from runtime.swap import is_conv1d, is_part, shape_in, swap
 
 INITIALIZED = "_is_hf_initialized"  # what transformers marks tensors and modules with that have their values
 
@@ -90,6 +90,7 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         stored = self.quantization_config.stored or read_headers(checkpoint_files)
         taken, kept = Targets(model, self).assign(stored)
         self._kinds = _kinds(model, kept - stored.keys())
+        self._packed = {target + PACKED for target in taken}
         for target, name in taken.items():
             self._hold(model, target, name, stored[name + PACKED], stored[name + SCALE])
         tied = getattr(model, "all_tied_weights_keys", {})
@@ -170,11 +171,12 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
                     copy.scope_prefix = conversion.scope_prefix
                     copy.base_model_prefix = conversion.base_model_prefix
                     copies.append(copy)
+        self._patterns = {pattern for copy in copies for pattern in copy.target_patterns}
         return weight_conversions + copies
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None for words and scales, which keep the type that they are stored in."""
-        if any(pattern.endswith(SUFFIXES) for pattern in converter.target_patterns):
+        if any(is_part(name, self._packed) or is_part(name, self._patterns) for name in converter.target_patterns):
             return None
         return dtype
 
