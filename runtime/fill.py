@@ -15,7 +15,7 @@ from formats.manifest import TensorRecord
 from formats.tensors import TORCH_DTYPES, spec_of
 from runtime.linear import SUFFIXES, Int4Linear
 from runtime.siblings import join as join_siblings
-from runtime.swap import is_part, shape_in, swap
+from runtime.swap import is_part, shape_in, swap, type_in
 
 
 def load_into(
@@ -50,8 +50,9 @@ def load_into(
     _check_kept(held, rows, used, tied, where)
     for row in rows:
         if row.quantized:
-            swap(module, row.name, row.matrix.shape, scheme, transposed=row.transposed, dtype=TORCH_DTYPES[row.dtype],
-                 scale_dtype=scale_dtype_for(row.dtype), activations=activations)  # fmt: skip
+            swap(module, row.name, row.matrix.shape, scheme, transposed=row.transposed,
+                 dtype=dtype or type_in(module, row.name), scale_dtype=scale_dtype_for(row.dtype),
+                 activations=activations)  # fmt: skip
     with room_for(f"{where}, {checkpoint.manifest.sizes.stored_bytes / 1e6:,.0f} MB"):
         for name, _, tensor in checkpoint.stream(verify, place):
             # A name that the checkpoint gives its own tensor is not tied, whatever the model says.

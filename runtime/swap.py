@@ -54,6 +54,17 @@ def shape_in(owner: nn.Module, leaf: str, *, transposed: bool) -> tuple[int, ...
     return tuple(weight.mT.shape if transposed else weight.shape)
 
 
+def type_in(module: nn.Module, name: str) -> torch.dtype:
+    """The type of the parameter `name` of `module`, or in which its code sees what is int4 there already."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(owner, Int4Linear):
+        return owner.weight_dtype
+    if isinstance(owner, Int4Experts) and (stack := owner.int4_stacks.get(leaf)):
+        return stack.dtype
+    return owner.get_parameter(leaf).dtype
+
+
 def is_part(name: str, names: Container[str]) -> bool:
     """Whether `name` is one of the tensors that stand for an int4 one, the packed words of which are among `names`.
 
