@@ -25,11 +25,11 @@ def swap(
     """Make the parameter `name` of `module`, [N, K] or a stack [E, N, K] in `shape`, an int4 one on meta.
 
     A linear layer gives way to an `Int4Linear` of type `dtype` with its bias; a module of experts stays, and may mean
-    `transposed` matrices.
+    `transposed` matrices, and so does a kind of linear layer with a forward of its own, which reads the weight.
     """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    if len(shape) == 2:
+    if is_plain_linear(owner):
         rows, columns = shape
         layer = Int4Linear(columns, rows, scheme, bias=False, dtype=dtype, device="meta", activations=activations)
         layer.weight_scale = layer.weight_scale.to(TORCH_DTYPES[scale_dtype])
@@ -45,8 +45,8 @@ def shape_in(owner: nn.Module, leaf: str, *, transposed: bool) -> tuple[int, ...
     if isinstance(owner, Int4Linear):
         return owner.rows, owner.columns
     if isinstance(owner, Int4Experts) and (stack := owner.int4_stacks.get(leaf)):
-        experts, rows, _ = getattr(owner, f"{leaf}_packed").shape
-        return experts, rows, stack.columns
+        *experts, rows, _ = getattr(owner, leaf + PACKED).shape
+        return (*experts, rows, stack.columns)
     weight = owner._parameters.get(leaf)
     linear = is_conv1d(owner) if transposed else isinstance(owner, nn.Linear)
     if weight is None or not (weight.dim() == 3 or linear):
@@ -63,6 +63,11 @@ def type_in(module: nn.Module, name: str) -> torch.dtype:
     if isinstance(owner, Int4Experts) and (stack := owner.int4_stacks.get(leaf)):
         return stack.dtype
     return owner.get_parameter(leaf).dtype
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether an `Int4Linear` computes what `module` does; what only derives from a linear layer may do otherwise."""
+    return isinstance(module, Int4Linear) or is_conv1d(module) or type(module).forward is nn.Linear.forward
 
 
 def is_part(name: str, names: Container[str]) -> bool:

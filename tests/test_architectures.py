@@ -115,6 +115,18 @@ def test_sources_of_16_bits_keep_their_type(dtype: torch.dtype, tmp_path: Path) 
     assert torch.allclose(logits(loaded).float(), expected, atol=0.02 * expected.abs().max().item())
 
 
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it(tmp_path: Path) -> None:
+    model = random_model("Llama4TextConfig", {**MOE, "intermediate_size_mlp": 96})
+    model.save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME, include=("*.router",))
+    assert {row.quantized for row in manifest.tensors if "router" in row.name} == {True}
+    loaded = runtime.load(tmp_path / "out", device="cpu")
+    assert torch.allclose(logits(loaded), logits(dequantized(model, manifest)), rtol=1e-3, atol=1e-4)
+    plain = loaded.dequantize().get_submodule("model.layers.0.feed_forward.router")
+    assert type(plain).__name__ == "Llama4Router"
+    assert torch.equal(plain.weight, model.get_submodule("model.layers.0.feed_forward.router").weight)
+
+
 def test_a_source_in_fp8_has_the_logits_of_what_it_means(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     model = random_model("Qwen3Config", {**GROUPED, "head_dim": 16}, torch.bfloat16)

@@ -106,6 +106,30 @@ def test_stacks_of_experts_are_what_the_modules_own_code_reads(again: bool, tmp_
     assert torch.equal(model.experts.down_proj_bias, tensors["experts.down_proj_bias"].float())
 
 
+class Router(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(-1) * self.weight.abs().mean()
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it(folder: Path) -> None:
+    def route(model: Model) -> None:
+        model.model.layers[0].q_proj = Router(24, 16)
+
+    layer = runtime.load_into(build(route), folder, device="cpu", dtype=torch.float32).get_submodule(
+        "model.layers.0.q_proj"
+    )
+    tensors, prefix = tiny_tensors(), "model.layers.0.q_proj."
+    same = Router(24, 16)
+    quantized = codec.quantize(tensors[f"{prefix}weight"], Scheme(8), torch.bfloat16)
+    same.weight.data = codec.dequantize(quantized, 24, Scheme(8))
+    same.bias.data = tensors[f"{prefix}bias"].float()
+    x = random(3, 24, dtype=torch.float32)
+    assert torch.equal(layer(x), same(x))
+    assert layer.state_dict().keys() == {"weight_packed", "weight_scale", "bias"}
+
+
 def test_a_parameter_that_is_called_like_a_scale_takes_the_type_that_is_asked_for(tmp_path: Path) -> None:
     def add_scale(model: Model) -> None:
         model.logit_scale = nn.Parameter(torch.zeros(1))

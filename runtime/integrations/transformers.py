@@ -111,9 +111,10 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         chosen = self.quantization_config
         swap(model, target, shape, chosen.scheme, transposed=transposed, dtype=owner._parameters[leaf].dtype,
              scale_dtype=scale.dtype, activations=chosen.activations)  # fmt: skip
-        if len(shape) == 2:
+        layer = model.get_submodule(path)
+        if isinstance(layer, Int4Linear):
             self._swapped[path] = owner
-            as_parameters(model.get_submodule(path))
+            as_parameters(layer)
         else:
             setattr(owner, INITIALIZED, True)  # else transformers would draw weights, and throw them away
 
