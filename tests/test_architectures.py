@@ -34,6 +34,11 @@ DEEPSEEK = {
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
 }  # fmt: skip
+ZAMBA = {
+    **SIZES, "intermediate_size": 96, "attention_hidden_size": 128, "attention_head_dim": 32, "num_hidden_layers": 4,
+    "num_key_value_heads": 4, "mamba_dt_rank": 8, "layers_block_type": ["mamba", "hybrid"] * 2,
+    "use_mamba_kernels": False,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fields, matrices that become int4
     "Llama": ("LlamaConfig", GROUPED, 14),
     "Llama, tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}, 14),
@@ -52,6 +57,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fie
     "Mixtral, experts one by one": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}, 8 + 2 * 4 * 3),
     "Qwen3-MoE, experts one by one": ("Qwen3MoeConfig", MOE, 8 + 2 * 4 * 3),
     "DeepSeek-V3, a shared expert": ("DeepseekV3Config", DEEPSEEK, 2 * 5 + 3 + 4 * 3 + 3),
+    "Zamba, layers that are one": ("ZambaConfig", ZAMBA, 17),
 }  # fmt: skip
 TRANSPOSED: dict[str, tuple[str, dict[str, Any], str]] = {  # configuration, its fields, why what is turned becomes int4
     "GPT-2": ("GPT2Config", GPT2, "Conv1D, stored [in, out]"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoints import convert_folder, stored, write_index
 from safetensors.torch import load_file, save_file
-from test_architectures import GROUPED, IDS, SCHEME, dequantized, logits, random_model
+from test_architectures import GROUPED, IDS, SCHEME, ZAMBA, dequantized, logits, random_model
 
 import runtime
 from formats.errors import CheckpointError
@@ -72,7 +72,9 @@ def test_a_loaded_model_can_be_dequantised_later(tmp_path: Path) -> None:
     assert torch.allclose(logits(plain), logits(load(folder)), atol=1e-5)
 
 
-@pytest.mark.parametrize(("config", "fields"), [("LlamaConfig", WHOLE), ("MixtralConfig", MIXTRAL)])
+@pytest.mark.parametrize(
+    ("config", "fields"), [("LlamaConfig", WHOLE), ("MixtralConfig", MIXTRAL), ("ZambaConfig", ZAMBA)]
+)
 def test_saving_writes_the_tensors_back_byte_for_byte(config: str, fields: dict[str, Any], tmp_path: Path) -> None:
     folder = converted(tmp_path, config, **fields)
     load(folder).save_pretrained(tmp_path / "again", variant="i4")

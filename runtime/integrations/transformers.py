@@ -92,16 +92,20 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         self._kinds = _kinds(model, kept - stored.keys())
         self._packed = {target + PACKED for target in taken}
         for target, name in taken.items():
-            self._hold(model, target, name, stored[name + PACKED], stored[name + SCALE])
+            self._hold(model, target, name, stored)
         tied = getattr(model, "all_tied_weights_keys", {})
-        for name in tied.keys() & taken.keys():  # a head of its own, whatever the configuration says
-            del tied[name]
+        for target, first in list(tied.items()):
+            if target in taken or first in taken:  # a head of its own, whatever the configuration says
+                del tied[target]
+            if first in taken and target not in taken.keys() | kept:  # the same layer again, as in Zamba
+                self._hold(model, target, taken[first], stored)
+                tied |= {target + suffix: first + suffix for suffix in SUFFIXES if taken[first] + suffix in stored}
 
-    def _hold(self, model: Any, target: str, name: str, packed: TensorSpec, scale: TensorSpec) -> None:
+    def _hold(self, model: Any, target: str, name: str, stored: Mapping[str, TensorSpec]) -> None:
         """Make the module of the parameter `target` one that holds it as int4; `name` is in the checkpoint."""
         path, _, leaf = target.rpartition(".")
         owner = model.get_submodule(path)
-        transposed = _is_transposed(target, owner, owner._parameters.get(leaf), packed)
+        transposed = _is_transposed(target, owner, owner._parameters.get(leaf), stored[name + PACKED])
         shape = shape_in(owner, leaf, transposed=transposed)
         if shape is None:
             raise CheckpointError(
@@ -110,7 +114,7 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
             )
         chosen = self.quantization_config
         swap(model, target, shape, chosen.scheme, transposed=transposed, dtype=owner._parameters[leaf].dtype,
-             scale_dtype=scale.dtype, activations=chosen.activations)  # fmt: skip
+             scale_dtype=stored[name + SCALE].dtype, activations=chosen.activations)  # fmt: skip
         layer = model.get_submodule(path)
         if isinstance(layer, Int4Linear):
             self._swapped[path] = owner
