@@ -59,6 +59,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fie
     "DeepSeek-V3, a shared expert": ("DeepseekV3Config", DEEPSEEK, 2 * 5 + 3 + 4 * 3 + 3),
     "Zamba, layers that are one": ("ZambaConfig", ZAMBA, 17),
 }  # fmt: skip
+DEEPSEEK_V4 = {
+    **SIZES, "moe_intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16, "q_lora_rank": 32, "o_lora_rank": 32,
+    "num_experts_per_tok": 2, "n_routed_experts": 4, "index_n_heads": 2, "index_head_dim": 16, "qk_rope_head_dim": 2,
+    "layer_types": ["heavily_compressed_attention"], "mlp_layer_types": ["moe"], "sliding_window": 16,
+}  # fmt: skip
 TRANSPOSED: dict[str, tuple[str, dict[str, Any], str]] = {  # configuration, its fields, why what is turned becomes int4
     "GPT-2": ("GPT2Config", GPT2, "Conv1D, stored [in, out]"),
     "GPT-OSS": ("GptOssConfig", MOE, "fused experts, stored [in, out]"),
@@ -131,6 +136,15 @@ def test_a_linear_layer_with_a_forward_of_its_own_keeps_it(tmp_path: Path) -> No
     plain = loaded.dequantize().get_submodule("model.layers.0.feed_forward.router")
     assert type(plain).__name__ == "Llama4Router"
     assert torch.equal(plain.weight, model.get_submodule("model.layers.0.feed_forward.router").weight)
+
+
+def test_a_weight_that_transformers_renames_may_be_int4(tmp_path: Path) -> None:
+    random_model("DeepseekV4Config", DEEPSEEK_V4).save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME, include=("head",))
+    assert next(row.quantized for row in manifest.tensors if row.name == "head.weight")
+    head = runtime.load(tmp_path / "out", device="cpu").lm_head
+    assert isinstance(head, runtime.Int4Linear)
+    assert torch.equal(head.weight_packed, stored(tmp_path / "out")["head.weight_packed"])
 
 
 def test_a_source_in_fp8_has_the_logits_of_what_it_means(tmp_path: Path) -> None:

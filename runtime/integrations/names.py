@@ -73,6 +73,14 @@ def turns(converter: Any) -> bool:
     )
 
 
+def renames_weights(conversion: Any) -> bool:
+    """Whether `conversion` renames weights by patterns that end with `weight`, so not the parts of int4 ones."""
+    from transformers.core_model_loading import WeightRenaming
+
+    patterns = getattr(conversion, "_original_source_patterns", ())
+    return type(conversion) is WeightRenaming and any(one.removesuffix("$").endswith("weight") for one in patterns)
+
+
 def read_headers(files: Sequence[str] | None) -> dict[str, TensorSpec]:
     """Every tensor of the shards `files`, by their headers."""
     stored: dict[str, TensorSpec] = {}

@@ -18,7 +18,7 @@ from formats.errors import CheckpointError, UsageError, some
 from formats.layout import CODES_PER_WORD, PACKED, SCALE, Scheme, TensorSpec, ceil_div
 from formats.manifest import FORMAT_VERSION, QUANT_METHOD, quantization_config
 from runtime.experts import Int4Experts, release_stack
-from runtime.integrations.names import Targets, keeps_rows, read_headers, turns
+from runtime.integrations.names import Targets, keeps_rows, read_headers, renames_weights, turns
 from runtime.integrations.parts import as_buffers, as_parameters, check_part
 from runtime.linear import SUFFIXES, Int4Linear
 from runtime.siblings import join
@@ -163,19 +163,21 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
 
         copies: list[Any] = []
         for conversion in weight_conversions:
-            if isinstance(conversion, WeightConverter) and (keeps_rows(conversion) or turns(conversion)):
-                for suffix in SUFFIXES:
-                    sources, targets = (
-                        [pattern + suffix for pattern in patterns]
-                        for patterns in (conversion._original_source_patterns, conversion._original_target_patterns)
-                    )
-                    if turns(conversion):  # what is stored has been turned already
-                        copy = WeightRenaming(sources, targets)
-                    else:
-                        copy = WeightConverter(sources, targets, operations=list(conversion.operations))
-                    copy.scope_prefix = conversion.scope_prefix
-                    copy.base_model_prefix = conversion.base_model_prefix
-                    copies.append(copy)
+            converts = isinstance(conversion, WeightConverter) and (keeps_rows(conversion) or turns(conversion))
+            if not converts and not renames_weights(conversion):
+                continue
+            for suffix in SUFFIXES:
+                sources, targets = (
+                    [pattern.removesuffix("$") + suffix for pattern in patterns]
+                    for patterns in (conversion._original_source_patterns, conversion._original_target_patterns)
+                )
+                if not converts or turns(conversion):  # what is stored has been turned already
+                    copy = WeightRenaming(sources, targets)
+                else:
+                    copy = WeightConverter(sources, targets, operations=list(conversion.operations))
+                copy.scope_prefix = conversion.scope_prefix
+                copy.base_model_prefix = conversion.base_model_prefix
+                copies.append(copy)
         self._patterns = {pattern for copy in copies for pattern in copy.target_patterns}
         return weight_conversions + copies
 
