@@ -138,6 +138,21 @@ def test_a_linear_layer_with_a_forward_of_its_own_keeps_it(tmp_path: Path) -> No
     assert torch.equal(plain.weight, model.get_submodule("model.layers.0.feed_forward.router").weight)
 
 
+def test_what_a_model_makes_itself_need_not_be_in_the_checkpoint(tmp_path: Path) -> None:
+    config = transformers.MarianConfig(
+        vocab_size=64, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=96, decoder_ffn_dim=96,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    model = transformers.MarianMTModel(config)
+    model.save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    table = "model.encoder.embed_positions.weight"
+    assert table not in {row.name for row in manifest.tensors}
+    loaded = runtime.load(tmp_path / "out", device="cpu")
+    assert torch.equal(loaded.get_parameter(table), model.get_parameter(table))
+
+
 def test_a_weight_that_transformers_renames_may_be_int4(tmp_path: Path) -> None:
     random_model("DeepseekV4Config", DEEPSEEK_V4).save_pretrained(tmp_path / "source")
     manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME, include=("head",))

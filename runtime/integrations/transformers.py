@@ -228,7 +228,11 @@ def _is_transposed(target: str, owner: nn.Module, held: Tensor | None, packed: T
 
 
 def _refuse_random(model: Any) -> None:
-    """Raise `CheckpointError` if transformers drew values for what the checkpoint lacks, but for a new head."""
+    """Raise `CheckpointError` if transformers drew values for what the checkpoint lacks.
+
+    A new head may be random, and what the model says may be missing has the values that it gives it: Marian's table of
+    sines.
+    """
     body = f"{model.base_model_prefix}."
     parameters = dict(model.named_parameters())
     if any(held.is_meta for held in parameters.values()):
@@ -236,6 +240,8 @@ def _refuse_random(model: Any) -> None:
             "device_map: puts a part of the model on the disk, from which int4 layers do not run; use a GPU or the CPU"
         )
     names = [name for name, held in parameters.items() if not getattr(held, INITIALIZED, False)]
+    may_miss = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    names = [name for name in names if not any(pattern.search(name) for pattern in may_miss)]
     if drawn := [name for name in names if model.base_model is model or name.startswith(body)]:
         raise CheckpointError(
             f"{type(model).__name__} would be random where the checkpoint holds nothing: {some(drawn)}; is it the same "
