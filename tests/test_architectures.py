@@ -162,6 +162,17 @@ def test_a_weight_that_transformers_renames_may_be_int4(tmp_path: Path) -> None:
     assert torch.equal(head.weight_packed, stored(tmp_path / "out")["head.weight_packed"])
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_rows_that_share_words_of_zero_points_are_not_joined(kind: str, tmp_path: Path) -> None:
+    fields = {**MOE, "intermediate_size": 44, "moe_intermediate_size": 44}
+    random_model(f"{kind}Config", fields).save_pretrained(tmp_path / "source")
+    convert_folder(tmp_path / "source", tmp_path / "out", Scheme(32, symmetric=False))
+    with pytest.raises(
+        CheckpointError, match=r"has 44 rows with zero points, .*Concatenate.* --scheme sym or --exclude"
+    ):
+        runtime.load(tmp_path / "out", device="cpu")
+
+
 def test_a_source_in_fp8_has_the_logits_of_what_it_means(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     model = random_model("Qwen3Config", {**GROUPED, "head_dim": 16}, torch.bfloat16)
