@@ -122,6 +122,15 @@ def test_what_is_called_like_a_scale_is_kept() -> None:
     assert Targets(model, None).assign(dict.fromkeys(names, TensorSpec("F32", (1,)))) == ({}, names)
 
 
+def test_what_is_int4_and_neither_linear_nor_experts_is_named_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = converted(tmp_path)
+    monkeypatch.setattr("runtime.integrations.transformers.shape_in", lambda *_, **__: None)
+    with pytest.raises(CheckpointError, match=r"'(model\.\S+)' is int4, .*; expected a linear layer .* --exclude '\1'"):
+        load(folder)
+
+
 def test_the_models_own_code_may_read_the_experts(tmp_path: Path) -> None:
     folder = converted(tmp_path, "MixtralConfig", **MIXTRAL)
     experts = load(folder).model.layers[0].mlp.experts

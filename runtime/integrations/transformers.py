@@ -110,7 +110,7 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         if shape is None:
             raise CheckpointError(
                 f"tensor {name!r} is int4, {type(model).__name__} has a {type(owner).__name__} there; expected a "
-                "linear layer or fused experts: is it the same model?"
+                f"linear layer or fused experts: is it the same model? else convert it again with --exclude {name!r}"
             )
         chosen = self.quantization_config
         swap(model, target, shape, chosen.scheme, transposed=transposed, dtype=owner._parameters[leaf].dtype,
