@@ -72,6 +72,13 @@ def test_a_loaded_model_can_be_dequantised_later(tmp_path: Path) -> None:
     assert torch.allclose(logits(plain), logits(load(folder)), atol=1e-5)
 
 
+def test_a_model_that_was_saved_can_be_dequantised(tmp_path: Path) -> None:
+    loaded = load(converted(tmp_path))
+    expected = logits(loaded)
+    loaded.save_pretrained(tmp_path / "again", variant="i4")
+    assert torch.allclose(logits(loaded.dequantize()), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "fields"), [("LlamaConfig", WHOLE), ("MixtralConfig", MIXTRAL), ("ZambaConfig", ZAMBA)]
 )

@@ -143,18 +143,20 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         elif chosen.join is not False and not hooked:
             join(model, gpu_only=chosen.join is None)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # By its name it comes from the configuration of a model that was saved.
+        kind: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, layer in list(model.named_modules()):
             if isinstance(layer, Int4Linear):
                 plain: Any = self._swapped[path]
-                weight = layer.dequantize(dtype or layer.weight_dtype)
+                weight = layer.dequantize(kind or layer.weight_dtype)
                 weight = weight.T.contiguous() if is_conv1d(plain) else weight
                 plain.weight = nn.Parameter(weight, requires_grad=False)
                 plain.bias = layer.bias
                 model.set_submodule(path, plain.train(layer.training))
             elif isinstance(layer, Int4Experts):
                 for name, stack in list(layer.int4_stacks.items()):
-                    release_stack(layer, name, dtype or stack.dtype)
+                    release_stack(layer, name, kind or stack.dtype)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
