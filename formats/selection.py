@@ -15,15 +15,18 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 KEPT_BY_DEFAULT = tuple(
     (re.compile(pattern, re.IGNORECASE), reason)
     for pattern, reason in (
+        (r"(^|\.)(gate(\.(wg|down_proj))?|shared_expert_gate)$|(^|\.)[^.]*router[^.]*(\.|$)", "router"),
         (
-            r"(^|\.)(lm_head|mlm_head|embed_out|score|classifier|qa_outputs|vocab_projector|cls\.predictions\.decoder)$"
-            r"|^(output|proj_out|head)$",
+            r"(^|\.)([^.]*lm_head|mlm_head|embed_out|unembed|score|classifier|qa_outputs|vocab_projector"
+            r"|([^.]*predictions|[^.]*lm_head|head)\.decoder)$"
+            r"|^(output|proj_out|head|decoder|cls|logits_dense|log_softmax\.mlp\.layer0)$"
+            r"|^(?!.*\.\d+\.)([^.]+\.)*output_projection$",
             "output head",
         ),
-        (r"(^|\.)(gate|router|shared_expert_gate)$|(^|\.)router\.", "router"),
-        (r"(^|\.)([^.]*norm_?\d*|ln_[^.]*)$", "norm"),
+        (r"(^|\.)([^.]*norm_?\d*|ln_[^.]*)$|\.\d+\.[^.]*layernorm\.", "norm"),
         (
-            r"(^|\.)(visual|vision[^.]*|audio[^.]*|image[^.]*|mm_projector|multi_modal_projector|[^.]*_tower)(\.|$)",
+            r"(^|\.)(visual(?!_bert)[^.]*|vision[^.]*|audio[^.]*|image[^.]*|sam_model|qformer|[^.]*_tower"
+            r"|[^.]*(projector|merger|aligner|connector)(_list)?)(\.|$)",
             "vision or audio part",
         ),
     )
@@ -31,8 +34,9 @@ KEPT_BY_DEFAULT = tuple(
 
 # Never a linear layer, whatever a pattern says: nothing could load it as one.
 EMBEDDING = re.compile(
-    r"(^|\.)([^.]*embed|[^.]*embeddings?|[^.]*embed_(tokens|positions|in)(?!.*proj)[^.]*"
-    r"|token_embd|(tok_|pos_)?emb|wte|wpe|codebook|shared|relative_attention_bias)$"
+    r"(^|\.)((?!unembed$)[^.]*embed|[^.]*embeddings?(_table|_\d+)?"
+    r"|[^.]*embed_(tokens|positions|in|global)(?!.*proj)[^.]*|embed_positions\.[^.]*|(row|column)_embedder"
+    r"|token_embd|([^.]*_)?emb|wte|wpe|codebook|shared|relative_attention_bias)$|^(transformer\.)?w$"
 )
 
 # What transformers calls a linear layer whose weight is [in, out], and the models that have it.
@@ -42,12 +46,17 @@ CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 # Parameters that hold a matrix for every expert.
 FUSED_EXPERTS = re.compile(r"(^|[._])experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
 
+# Where others are, each architecture with its own shapes.
+OTHER_EXPERTS = re.compile(r"(^|[._])(experts|moe)\.(?!.*bias$)|(^|\.)(input|output)_linear\.weight$")
+
 
 def never_quantized(name: str, spec: TensorSpec) -> str | None:
     """Why no option can make the tensor int4, or None if one can."""
     experts = is_fused_experts(name, spec)
     if name.endswith(".bias"):
         return "bias"
+    if not experts and _is_other_experts(name, spec):
+        return "experts in a layout that is not known"
     if len(spec.shape) != 2 and not experts:
         return f"{len(spec.shape)}-D"
     if spec.dtype not in FLOAT_DTYPES:
@@ -64,6 +73,12 @@ def never_quantized(name: str, spec: TensorSpec) -> str | None:
 def is_fused_experts(name: str, spec: TensorSpec) -> bool:
     """Whether the tensor is a stack of the matrices of experts, [E, N, K] or [E, K, N]."""
     return len(spec.shape) == 3 and FUSED_EXPERTS.search(name) is not None
+
+
+def _is_other_experts(name: str, spec: TensorSpec) -> bool:
+    """Whether the tensor holds matrices of several experts in another way."""
+    several = len(spec.shape) == 3 or (len(spec.shape) == 2 and not name.endswith(WEIGHT))
+    return several and OTHER_EXPERTS.search(name) is not None
 
 
 def is_conv1d(name: str, model_types: Collection[str]) -> bool:

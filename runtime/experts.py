@@ -1,4 +1,4 @@
-"""Experts of a mixture, fused into one tensor a projection: their weights as stacks [E, N, K] of int4 matrices."""
+"""Weights of modules that stay: stacks [E, N, K] of the matrices of fused experts, above all."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +17,10 @@ from runtime.ops import dequantized, int4_grouped_linear
 
 @dataclass(frozen=True)
 class Stack:
-    """How a projection of E experts is held: K columns, and whether the model means [E, K, N] instead of [E, N, K]."""
+    """How a projection of E experts is held: K columns, and whether the model means [E, K, N] instead of [E, N, K].
+
+    A matrix [N, K] of a module that is no plain linear layer is held in the same way.
+    """
 
     scheme: Scheme
     columns: int
@@ -40,10 +43,10 @@ class Int4Experts(nn.Module):
         return super().__getattr__(name) if stack is None else self.dequantize(name, stack.dtype)
 
     def dequantize(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Ŵ of the projection `name` as `dtype`, [E, N, K], or [E, K, N] where the model means it so."""
+        """Ŵ of the projection `name` as `dtype`, [E, N, K] or [N, K], or [E, K, N] where the model means it so."""
         stack = self.int4_stacks[name]
         weight = dequantized(self.quantized(name), stack.columns, stack.scheme, dtype)
-        return weight.transpose(1, 2).contiguous() if stack.transposed else weight
+        return weight.mT.contiguous() if stack.transposed else weight
 
     def quantized(self, name: str) -> Quantized:
         """The stored tensors of the projection `name`."""

@@ -15,7 +15,7 @@ from formats.manifest import TensorRecord
 from formats.tensors import TORCH_DTYPES, spec_of
 from runtime.linear import SUFFIXES, Int4Linear
 from runtime.siblings import join as join_siblings
-from runtime.swap import shape_in, swap
+from runtime.swap import is_part, shape_in, swap, type_in
 
 
 def load_into(
@@ -50,12 +50,14 @@ def load_into(
     _check_kept(held, rows, used, tied, where)
     for row in rows:
         if row.quantized:
-            swap(module, row.name, row.matrix.shape, scheme, transposed=row.transposed, dtype=TORCH_DTYPES[row.dtype],
-                 scale_dtype=scale_dtype_for(row.dtype), activations=activations)  # fmt: skip
+            swap(module, row.name, row.matrix.shape, scheme, transposed=row.transposed,
+                 dtype=dtype or type_in(module, row.name), scale_dtype=scale_dtype_for(row.dtype),
+                 activations=activations)  # fmt: skip
     with room_for(f"{where}, {checkpoint.manifest.sizes.stored_bytes / 1e6:,.0f} MB"):
         for name, _, tensor in checkpoint.stream(verify, place):
             # A name that the checkpoint gives its own tensor is not tied, whatever the model says.
-            _assign(module, tied[name] - (used - {name}), tensor, place, dtype)
+            fixed = is_part(name, used) or not tensor.is_floating_point()
+            _assign(module, tied[name] - (used - {name}), tensor, place, tensor.dtype if fixed else dtype)
         module.to(place)
         for layer in module.modules():
             if isinstance(layer, Int4Linear):
@@ -131,9 +133,7 @@ def _assign(
         owner = module.get_submodule(path)
         place: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
         if value is None:
-            fixed = name.endswith(SUFFIXES) or not tensor.is_floating_point()
-            kind = tensor.dtype if fixed else dtype or place[leaf].dtype
-            value = tensor.to(device, kind)
+            value = tensor.to(device, dtype or place[leaf].dtype)
             if place is owner._parameters:
                 value = nn.Parameter(value, requires_grad=False)
         place[leaf] = value

@@ -34,6 +34,11 @@ DEEPSEEK = {
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 32, "q_lora_rank": 32,
     "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
 }  # fmt: skip
+ZAMBA = {
+    **SIZES, "intermediate_size": 96, "attention_hidden_size": 128, "attention_head_dim": 32, "num_hidden_layers": 4,
+    "num_key_value_heads": 4, "mamba_dt_rank": 8, "layers_block_type": ["mamba", "hybrid"] * 2,
+    "use_mamba_kernels": False,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fields, matrices that become int4
     "Llama": ("LlamaConfig", GROUPED, 14),
     "Llama, tied": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": True}, 14),
@@ -52,6 +57,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # configuration, its fie
     "Mixtral, experts one by one": ("MixtralConfig", {**GROUPED, "num_local_experts": 4}, 8 + 2 * 4 * 3),
     "Qwen3-MoE, experts one by one": ("Qwen3MoeConfig", MOE, 8 + 2 * 4 * 3),
     "DeepSeek-V3, a shared expert": ("DeepseekV3Config", DEEPSEEK, 2 * 5 + 3 + 4 * 3 + 3),
+    "Zamba, layers that are one": ("ZambaConfig", ZAMBA, 17),
+}  # fmt: skip
+DEEPSEEK_V4 = {
+    **SIZES, "moe_intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16, "q_lora_rank": 32, "o_lora_rank": 32,
+    "num_experts_per_tok": 2, "n_routed_experts": 4, "index_n_heads": 2, "index_head_dim": 16, "qk_rope_head_dim": 2,
+    "layer_types": ["heavily_compressed_attention"], "mlp_layer_types": ["moe"], "sliding_window": 16,
 }  # fmt: skip
 TRANSPOSED: dict[str, tuple[str, dict[str, Any], str]] = {  # configuration, its fields, why what is turned becomes int4
     "GPT-2": ("GPT2Config", GPT2, "Conv1D, stored [in, out]"),
@@ -113,6 +124,53 @@ def test_sources_of_16_bits_keep_their_type(dtype: torch.dtype, tmp_path: Path) 
     assert loaded.dtype == dtype
     expected = logits(dequantized(model, manifest, dtype)).float()
     assert torch.allclose(logits(loaded).float(), expected, atol=0.02 * expected.abs().max().item())
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it(tmp_path: Path) -> None:
+    model = random_model("Llama4TextConfig", {**MOE, "intermediate_size_mlp": 96})
+    model.save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME, include=("*.router",))
+    assert {row.quantized for row in manifest.tensors if "router" in row.name} == {True}
+    loaded = runtime.load(tmp_path / "out", device="cpu")
+    assert torch.allclose(logits(loaded), logits(dequantized(model, manifest)), rtol=1e-3, atol=1e-4)
+    plain = loaded.dequantize().get_submodule("model.layers.0.feed_forward.router")
+    assert type(plain).__name__ == "Llama4Router"
+    assert torch.equal(plain.weight, model.get_submodule("model.layers.0.feed_forward.router").weight)
+
+
+def test_what_a_model_makes_itself_need_not_be_in_the_checkpoint(tmp_path: Path) -> None:
+    config = transformers.MarianConfig(
+        vocab_size=64, d_model=64, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=96, decoder_ffn_dim=96,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=64, pad_token_id=0,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    model = transformers.MarianMTModel(config)
+    model.save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME)
+    table = "model.encoder.embed_positions.weight"
+    assert table not in {row.name for row in manifest.tensors}
+    loaded = runtime.load(tmp_path / "out", device="cpu")
+    assert torch.equal(loaded.get_parameter(table), model.get_parameter(table))
+
+
+def test_a_weight_that_transformers_renames_may_be_int4(tmp_path: Path) -> None:
+    random_model("DeepseekV4Config", DEEPSEEK_V4).save_pretrained(tmp_path / "source")
+    manifest = convert_folder(tmp_path / "source", tmp_path / "out", SCHEME, include=("head",))
+    assert next(row.quantized for row in manifest.tensors if row.name == "head.weight")
+    head = runtime.load(tmp_path / "out", device="cpu").lm_head
+    assert isinstance(head, runtime.Int4Linear)
+    assert torch.equal(head.weight_packed, stored(tmp_path / "out")["head.weight_packed"])
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_rows_that_share_words_of_zero_points_are_not_joined(kind: str, tmp_path: Path) -> None:
+    fields = {**MOE, "intermediate_size": 44, "moe_intermediate_size": 44}
+    random_model(f"{kind}Config", fields).save_pretrained(tmp_path / "source")
+    convert_folder(tmp_path / "source", tmp_path / "out", Scheme(32, symmetric=False))
+    with pytest.raises(
+        CheckpointError, match=r"has 44 rows with zero points, .*Concatenate.* --scheme sym or --exclude"
+    ):
+        runtime.load(tmp_path / "out", device="cpu")
 
 
 def test_a_source_in_fp8_has_the_logits_of_what_it_means(tmp_path: Path) -> None:

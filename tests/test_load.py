@@ -71,6 +71,7 @@ def test_load_into_gives_every_tensor_of_the_checkpoint(folder: Path, meta: bool
         assert isinstance(layer, runtime.Int4Linear)
         assert torch.equal(layer.weight_packed, expected.packed)
         assert torch.equal(layer.weight_scale, expected.scale)
+        assert layer.weight.dtype == torch.float32
     assert model.table.tolist() == [0, 1, 2, 3]
 
 
@@ -104,8 +105,43 @@ def test_stacks_of_experts_are_what_the_modules_own_code_reads(again: bool, tmp_
     for name in ("gate_up_proj", "down_proj"):
         weight = tensors[f"experts.{name}"].mT
         expected = codec.dequantize(codec.quantize(weight, Scheme(8), torch.bfloat16), weight.shape[-1], Scheme(8))
-        assert torch.equal(getattr(model.experts, name), expected.mT.bfloat16())
+        assert torch.equal(getattr(model.experts, name), expected.mT)
     assert torch.equal(model.experts.down_proj_bias, tensors["experts.down_proj_bias"].float())
+
+
+class Router(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(-1) * self.weight.abs().mean()
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_keeps_it(folder: Path) -> None:
+    def route(model: Model) -> None:
+        model.model.layers[0].q_proj = Router(24, 16)
+
+    layer = runtime.load_into(build(route), folder, device="cpu", dtype=torch.float32).get_submodule(
+        "model.layers.0.q_proj"
+    )
+    tensors, prefix = tiny_tensors(), "model.layers.0.q_proj."
+    same = Router(24, 16)
+    quantized = codec.quantize(tensors[f"{prefix}weight"], Scheme(8), torch.bfloat16)
+    same.weight.data = codec.dequantize(quantized, 24, Scheme(8))
+    same.bias.data = tensors[f"{prefix}bias"].float()
+    x = random(3, 24, dtype=torch.float32)
+    assert torch.equal(layer(x), same(x))
+    assert layer.state_dict().keys() == {"weight_packed", "weight_scale", "bias"}
+
+
+def test_a_parameter_that_is_called_like_a_scale_takes_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    def add_scale(model: Model) -> None:
+        model.logit_scale = nn.Parameter(torch.zeros(1))
+
+    source = write_checkpoint(tmp_path / "source", {**tiny_tensors(), "logit_scale": random(1)})
+    convert_folder(source, tmp_path / "out")
+    model = runtime.load_into(build(add_scale), tmp_path / "out", device="cpu", dtype=torch.float32)
+    assert model.logit_scale.dtype == torch.float32
+    assert model.get_submodule("model.layers.0.q_proj").weight_scale.dtype == torch.bfloat16
 
 
 def test_conv1d_becomes_a_linear_layer(tmp_path: Path) -> None:

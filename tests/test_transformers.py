@@ -13,15 +13,17 @@ import pytest
 import torch
 from checkpoints import convert_folder, stored, write_index
 from safetensors.torch import load_file, save_file
-from test_architectures import GROUPED, IDS, SCHEME, dequantized, logits, random_model
+from test_architectures import GROUPED, IDS, SCHEME, ZAMBA, dequantized, logits, random_model
 
 import runtime
 from formats.errors import CheckpointError
+from formats.layout import TensorSpec
 from formats.manifest import read_manifest
 
 transformers = pytest.importorskip("transformers")
 
 from runtime.experts import Int4Experts  # noqa: E402 - behind the check for transformers
+from runtime.integrations.names import Targets  # noqa: E402
 from runtime.integrations.transformers import Int4Config  # noqa: E402
 
 WHOLE = {**GROUPED, "intermediate_size": 128}  # halves of it are whole groups
@@ -70,7 +72,16 @@ def test_a_loaded_model_can_be_dequantised_later(tmp_path: Path) -> None:
     assert torch.allclose(logits(plain), logits(load(folder)), atol=1e-5)
 
 
-@pytest.mark.parametrize(("config", "fields"), [("LlamaConfig", WHOLE), ("MixtralConfig", MIXTRAL)])
+def test_a_model_that_was_saved_can_be_dequantised(tmp_path: Path) -> None:
+    loaded = load(converted(tmp_path))
+    expected = logits(loaded)
+    loaded.save_pretrained(tmp_path / "again", variant="i4")
+    assert torch.allclose(logits(loaded.dequantize()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"), [("LlamaConfig", WHOLE), ("MixtralConfig", MIXTRAL), ("ZambaConfig", ZAMBA)]
+)
 def test_saving_writes_the_tensors_back_byte_for_byte(config: str, fields: dict[str, Any], tmp_path: Path) -> None:
     folder = converted(tmp_path, config, **fields)
     load(folder).save_pretrained(tmp_path / "again", variant="i4")
@@ -97,6 +108,34 @@ def test_what_is_renamed_takes_the_type_of_the_model(tmp_path: Path) -> None:
     loaded = load(converted(tmp_path, "MixtralConfig", **MIXTRAL), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters() if parameter.is_floating_point()} == {torch.bfloat16}
     assert torch.isfinite(logits(loaded)).all()
+
+
+GEMMA_3N = {
+    **GROUPED, "intermediate_size": [96, 96], "head_dim": 16, "num_kv_shared_layers": 0, "laurel_rank": 32,
+    "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.95, 0.0],
+    "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16,
+}  # fmt: skip
+
+
+def test_what_is_called_like_a_scale_takes_the_type_of_the_model(tmp_path: Path) -> None:
+    loaded = load(converted(tmp_path, "Gemma3nTextConfig", **GEMMA_3N), dtype=torch.bfloat16)
+    assert loaded.get_parameter("model.layers.0.altup.correct_output_scale").dtype == torch.bfloat16
+
+
+def test_what_is_called_like_a_scale_is_kept() -> None:
+    model = random_model("Gemma3nTextConfig", GEMMA_3N)
+    names = {name for name, _ in model.named_parameters()}
+    assert any(name.endswith("_scale") for name in names)
+    assert Targets(model, None).assign(dict.fromkeys(names, TensorSpec("F32", (1,)))) == ({}, names)
+
+
+def test_what_is_int4_and_neither_linear_nor_experts_is_named_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = converted(tmp_path)
+    monkeypatch.setattr("runtime.integrations.transformers.shape_in", lambda *_, **__: None)
+    with pytest.raises(CheckpointError, match=r"'(model\.\S+)' is int4, .*; expected a linear layer .* --exclude '\1'"):
+        load(folder)
 
 
 def test_the_models_own_code_may_read_the_experts(tmp_path: Path) -> None:

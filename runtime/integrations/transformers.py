@@ -18,11 +18,11 @@ from formats.errors import CheckpointError, UsageError, some
 from formats.layout import CODES_PER_WORD, PACKED, SCALE, Scheme, TensorSpec, ceil_div
 from formats.manifest import FORMAT_VERSION, QUANT_METHOD, quantization_config
 from runtime.experts import Int4Experts, release_stack
-from runtime.integrations.names import Targets, keeps_rows, read_headers, turns
+from runtime.integrations.names import Targets, keeps_rows, read_headers, renames_weights, turns
 from runtime.integrations.parts import as_buffers, as_parameters, check_part
 from runtime.linear import SUFFIXES, Int4Linear
 from runtime.siblings import join
-from runtime.swap import is_conv1d, shape_in, swap
+from runtime.swap import is_conv1d, is_part, shape_in, swap
 
 INITIALIZED = "_is_hf_initialized"  # what transformers marks tensors and modules with that have their values
 
@@ -90,29 +90,35 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         stored = self.quantization_config.stored or read_headers(checkpoint_files)
         taken, kept = Targets(model, self).assign(stored)
         self._kinds = _kinds(model, kept - stored.keys())
+        self._packed = {target + PACKED for target in taken}
         for target, name in taken.items():
-            self._hold(model, target, name, stored[name + PACKED], stored[name + SCALE])
+            self._hold(model, target, name, stored)
         tied = getattr(model, "all_tied_weights_keys", {})
-        for name in tied.keys() & taken.keys():  # a head of its own, whatever the configuration says
-            del tied[name]
+        for target, first in list(tied.items()):
+            if target in taken or first in taken:  # a head of its own, whatever the configuration says
+                del tied[target]
+            if first in taken and target not in taken.keys() | kept:  # the same layer again, as in Zamba
+                self._hold(model, target, taken[first], stored)
+                tied |= {target + suffix: first + suffix for suffix in SUFFIXES if taken[first] + suffix in stored}
 
-    def _hold(self, model: Any, target: str, name: str, packed: TensorSpec, scale: TensorSpec) -> None:
+    def _hold(self, model: Any, target: str, name: str, stored: Mapping[str, TensorSpec]) -> None:
         """Make the module of the parameter `target` one that holds it as int4; `name` is in the checkpoint."""
         path, _, leaf = target.rpartition(".")
         owner = model.get_submodule(path)
-        transposed = _is_transposed(target, owner, owner._parameters.get(leaf), packed)
+        transposed = _is_transposed(target, owner, owner._parameters.get(leaf), stored[name + PACKED])
         shape = shape_in(owner, leaf, transposed=transposed)
         if shape is None:
             raise CheckpointError(
                 f"tensor {name!r} is int4, {type(model).__name__} has a {type(owner).__name__} there; expected a "
-                "linear layer or fused experts: is it the same model?"
+                f"linear layer or fused experts: is it the same model? else convert it again with --exclude {name!r}"
             )
         chosen = self.quantization_config
         swap(model, target, shape, chosen.scheme, transposed=transposed, dtype=owner._parameters[leaf].dtype,
-             scale_dtype=scale.dtype, activations=chosen.activations)  # fmt: skip
-        if len(shape) == 2:
+             scale_dtype=stored[name + SCALE].dtype, activations=chosen.activations)  # fmt: skip
+        layer = model.get_submodule(path)
+        if isinstance(layer, Int4Linear):
             self._swapped[path] = owner
-            as_parameters(model.get_submodule(path))
+            as_parameters(layer)
         else:
             setattr(owner, INITIALIZED, True)  # else transformers would draw weights, and throw them away
 
@@ -137,18 +143,20 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
         elif chosen.join is not False and not hooked:
             join(model, gpu_only=chosen.join is None)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # By its name it comes from the configuration of a model that was saved.
+        kind: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for path, layer in list(model.named_modules()):
             if isinstance(layer, Int4Linear):
                 plain: Any = self._swapped[path]
-                weight = layer.dequantize(dtype or layer.weight_dtype)
+                weight = layer.dequantize(kind or layer.weight_dtype)
                 weight = weight.T.contiguous() if is_conv1d(plain) else weight
                 plain.weight = nn.Parameter(weight, requires_grad=False)
                 plain.bias = layer.bias
                 model.set_submodule(path, plain.train(layer.training))
             elif isinstance(layer, Int4Experts):
                 for name, stack in list(layer.int4_stacks.items()):
-                    release_stack(layer, name, dtype or stack.dtype)
+                    release_stack(layer, name, kind or stack.dtype)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -157,24 +165,27 @@ class Int4Quantizer(HfQuantizer):  # type: ignore[misc]
 
         copies: list[Any] = []
         for conversion in weight_conversions:
-            if isinstance(conversion, WeightConverter) and (keeps_rows(conversion) or turns(conversion)):
-                for suffix in SUFFIXES:
-                    sources, targets = (
-                        [pattern + suffix for pattern in patterns]
-                        for patterns in (conversion._original_source_patterns, conversion._original_target_patterns)
-                    )
-                    if turns(conversion):  # what is stored has been turned already
-                        copy = WeightRenaming(sources, targets)
-                    else:
-                        copy = WeightConverter(sources, targets, operations=list(conversion.operations))
-                    copy.scope_prefix = conversion.scope_prefix
-                    copy.base_model_prefix = conversion.base_model_prefix
-                    copies.append(copy)
+            converts = isinstance(conversion, WeightConverter) and (keeps_rows(conversion) or turns(conversion))
+            if not converts and not renames_weights(conversion):
+                continue
+            for suffix in SUFFIXES:
+                sources, targets = (
+                    [pattern.removesuffix("$") + suffix for pattern in patterns]
+                    for patterns in (conversion._original_source_patterns, conversion._original_target_patterns)
+                )
+                if not converts or turns(conversion):  # what is stored has been turned already
+                    copy = WeightRenaming(sources, targets)
+                else:
+                    copy = WeightConverter(sources, targets, operations=list(conversion.operations))
+                copy.scope_prefix = conversion.scope_prefix
+                copy.base_model_prefix = conversion.base_model_prefix
+                copies.append(copy)
+        self._patterns = {pattern for copy in copies for pattern in copy.target_patterns}
         return weight_conversions + copies
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None for words and scales, which keep the type that they are stored in."""
-        if any(pattern.endswith(SUFFIXES) for pattern in converter.target_patterns):
+        if any(is_part(name, self._packed) or is_part(name, self._patterns) for name in converter.target_patterns):
             return None
         return dtype
 
@@ -219,7 +230,11 @@ def _is_transposed(target: str, owner: nn.Module, held: Tensor | None, packed: T
 
 
 def _refuse_random(model: Any) -> None:
-    """Raise `CheckpointError` if transformers drew values for what the checkpoint lacks, but for a new head."""
+    """Raise `CheckpointError` if transformers drew values for what the checkpoint lacks.
+
+    A new head may be random, and what the model says may be missing has the values that it gives it: Marian's table of
+    sines.
+    """
     body = f"{model.base_model_prefix}."
     parameters = dict(model.named_parameters())
     if any(held.is_meta for held in parameters.values()):
@@ -227,6 +242,8 @@ def _refuse_random(model: Any) -> None:
             "device_map: puts a part of the model on the disk, from which int4 layers do not run; use a GPU or the CPU"
         )
     names = [name for name, held in parameters.items() if not getattr(held, INITIALIZED, False)]
+    may_miss = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    names = [name for name in names if not any(pattern.search(name) for pattern in may_miss)]
     if drawn := [name for name in names if model.base_model is model or name.startswith(body)]:
         raise CheckpointError(
             f"{type(model).__name__} would be random where the checkpoint holds nothing: {some(drawn)}; is it the same "
