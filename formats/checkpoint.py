@@ -96,9 +96,7 @@ class Checkpoint:
         """
         names = [name for name in self.files if name != CARD_NAME]
         with ExitStack() as stack, ThreadPoolExecutor(READING_THREADS) as pool:
-            shards = {
-                container.path.name: container for container in self._containers(stack)
-            }  # their headers are hashed below
+            shards = {container.path.name: container for container in self._containers(stack)}  # all bytes come below
 
             def digest_of(name: str) -> str:
                 return (
