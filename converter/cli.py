@@ -18,6 +18,7 @@ from torch import Tensor
 from converter.calibrate import LayerReport
 from converter.convert import DEFAULT_GROUP_SIZE, RELAYOUT, convert, recipe_for
 from converter.engines import ENGINES
+from converter.folder import HIDDEN
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
 from converter.push import Upload, published
@@ -35,7 +36,7 @@ from formats.progress import Bar, bar_class
 from formats.sizes import Sizes
 from formats.texts import calibration_text, drawn_windows, tokenize
 
-STAGING_NAME = ".int4-convert-source"
+STAGING_NAME = f"{HIDDEN}-source"
 NAMES = sorted(METHODS.keys() | CALIBRATED.keys())
 GROUPS = {
     "How to quantise": ("--group-size", "--scheme", "--method"),

@@ -1,8 +1,7 @@
 """The way out: an int4 checkpoint in the layout of another format, proven to hold the same weights."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
@@ -10,16 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
+from converter.folder import SPARE_BYTES, new_folder
 from converter.orientation import model_types
-from converter.output import LOCK_NAME, SPARE_BYTES, is_apart, refuse_full_disk, refuse_overlap
 from converter.pieces import Target, module_of
-from converter.source import CONFIG_NAME
-from converter.source import INDEX_NAME as TARGET_INDEX_NAME
+from converter.source import CONFIG_NAME, PLAIN_INDEX_NAME
 from formats.checkpoint import Checkpoint
 from formats.codec import Quantized
 from formats.container import SUFFIX, Writer
-from formats.errors import CheckpointError, OutputError, some
-from formats.files import leaves, link_roots, lock, make_folder, publish, publish_bytes, read_small, remove_below
+from formats.errors import CheckpointError, some
+from formats.files import link_roots, make_folder, publish, publish_bytes, read_small
 from formats.interop import LAYOUTS
 from formats.interop.base import is_head
 from formats.interop.groups import can_split
@@ -85,7 +83,7 @@ def export(
         if len(files) > 1:
             weight_map = {name: _file_name(shard) for shard, specs in files.items() for name in specs}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            publish_bytes(out_dir / TARGET_INDEX_NAME, readable(index))
+            publish_bytes(out_dir / PLAIN_INDEX_NAME, readable(index))
         for name in side_files:
             make_folder((out_dir / name).parent)
             with publish(out_dir / name) as file:
@@ -113,32 +111,6 @@ def target_for(checkpoint: Checkpoint, to: str, group_size: int | None, types: t
         if reason := target.refusal(row):
             raise CheckpointError(f"{where}: {to} cannot hold it: {reason}; {_others(target, row)}")
     return target
-
-
-@contextmanager
-def new_folder(folder: Path, source: Path, needed: int) -> Iterator[None]:
-    """Hold `folder`, new or empty but for hidden files, locked; what was written into it goes if an error comes.
-
-    Raises `OutputError` for a folder that holds something, lies in the `source` or has not the bytes `needed`,
-    `TemporaryError` when another run holds it.
-    """
-    refuse_overlap(folder, source)
-    make_folder(folder)
-    with lock(folder / LOCK_NAME):
-        if found := _visible(folder):
-            raise OutputError(f"{folder}: holds {some(sorted(found))}; choose an empty or new folder")
-        refuse_full_disk(folder, needed)
-        try:
-            yield
-        except BaseException:
-            for path in _visible(folder).values():
-                remove_below(folder, path)
-            raise
-
-
-def _visible(folder: Path) -> dict[str, Path]:
-    found = {path.relative_to(folder).as_posix(): path for path in leaves(folder)}
-    return {name: path for name, path in found.items() if not is_apart(name) and name != LOCK_NAME}
 
 
 def _matrices(manifest: Manifest) -> list[TensorRecord]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from converter.folder import HIDDEN
 from converter.plan import Plan, ShardPlan
 from formats.errors import CheckpointError
 from formats.files import clear_folder, link_roots, make_folder, publish_bytes, read_small
@@ -16,8 +17,7 @@ from formats.manifest import SHARD_SUFFIX, FileRecord, Manifest, Recipe, SourceR
 from formats.records import from_json, to_json
 from formats.strict_json import canonical, parse_object
 
-JOURNAL_NAME = ".int4-convert.json"
-SHARDS_NAME = ".int4-convert-shards"
+SHARDS_NAME = f"{HIDDEN}-shards"
 OURS = re.compile(rf"model(-\d+-of-\d+)?{re.escape(SHARD_SUFFIX)}\.json")
 
 

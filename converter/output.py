@@ -1,7 +1,6 @@
 """The output folder: empty or ours, locked while we write, and finished only when the manifest stands in it."""
 
 import hashlib
-import shutil
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from converter.journal import JOURNAL_NAME, Journal, ShardRecord, ShardRecords, read_journal
+from converter.folder import (
+    HIDDEN,
+    JOURNAL_NAME,
+    LOCK_NAME,
+    SPARE_BYTES,
+    is_apart,
+    refuse_full_disk,
+    refuse_overlap,
+)
+from converter.journal import Journal, ShardRecord, ShardRecords, read_journal
 from converter.plan import Plan, ShardPlan
 from converter.source import CONFIG_NAME, Source
 from formats.container import Writer
@@ -24,7 +32,6 @@ from formats.files import (
     publish,
     publish_bytes,
     read_small,
-    real_path,
     remove_below,
     rename,
     whole_name,
@@ -46,10 +53,7 @@ from formats.manifest import (
 from formats.records import to_json
 from formats.strict_json import canonical, parse_object, readable
 
-HIDDEN = ".int4-convert"  # what the names begin with of files and folders that are gone once all is done
-LOCK_NAME = f"{HIDDEN}.lock"
 RECORDS = (LOCK_NAME, JOURNAL_NAME, MANIFEST_NAME)
-SPARE_BYTES = 64 << 20  # for index, journal and manifest
 HASHING_THREADS = 4
 
 
@@ -272,25 +276,6 @@ class OutputDir:
         kept = sum(record.file.size for record in self._shards.values())
         needed = copies * self.plan.sizes.stored_bytes - kept + side_files + self.source.staged_bytes + SPARE_BYTES
         refuse_full_disk(self.folder, needed, sum(path.stat().st_size for path in ours))
-
-
-def refuse_overlap(folder: Path, source: Path) -> None:
-    """Raise `OutputError` where the output would be, hold or lie in its `source`."""
-    out, source = real_path(folder), real_path(source)
-    if out.is_relative_to(source) or source.is_relative_to(out):
-        raise OutputError(f"{folder}: is, holds or lies in the source folder {source}; choose another folder")
-
-
-def refuse_full_disk(folder: Path, needed: int, reclaimed: int = 0) -> None:
-    """Raise `OutputError` if `needed` bytes do not fit beside all but the `reclaimed` ones."""
-    free = shutil.disk_usage(folder).free + reclaimed
-    if free < needed:
-        raise OutputError(f"{folder}: {free} bytes are free, {needed} are needed; free some, or use another disk")
-
-
-def is_apart(name: str) -> bool:
-    """Whether `name` is hidden and not ours, as .git or .DS_Store: no part of a checkpoint, and in nobody's way."""
-    return name.startswith(".") and whole_name(name) not in RECORDS
 
 
 def _evaluation(folder: Path) -> frozenset[FileRecord]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from converter.folder import HIDDEN
 from formats.codec import Quantized
 from formats.container import SUFFIX, Container, Header, Writer
 from formats.errors import CheckpointError
@@ -13,7 +14,7 @@ from formats.files import clear_folder, make_folder, publish
 from formats.layout import PACKED, SCALE, ZERO_POINT
 from formats.tensors import bytes_of, read_tensor, spec_of
 
-FOLDER_NAME = ".int4-convert-layers"
+FOLDER_NAME = f"{HIDDEN}-layers"
 OURS = re.compile(rf"layer-\d{{5}}{re.escape(SUFFIX)}")
 
 

@@ -26,7 +26,7 @@ from formats.strict_json import parse_object
 from formats.tensors import read_tensor, tensor_from
 
 CONFIG_NAME = "config.json"
-INDEX_NAME = "model.safetensors.index.json"
+PLAIN_INDEX_NAME = "model.safetensors.index.json"  # of weights that are not in this format
 SINGLE_NAME = "model" + SUFFIX
 
 # The weights of the model, by their names; a variant has a dot before its suffix, as in model.fp16.safetensors.
@@ -153,7 +153,7 @@ def open_source(
         if revision is not None:
             raise UsageError(f"{model}: is a folder, which has no revision {revision!r}; leave --revision out")
         return _read(local, local.resolve().name, None, FolderWeights(local, link_roots(local.resolve())))
-    only = [CONFIG_NAME, INDEX_NAME] if headers_only else None
+    only = [CONFIG_NAME, PLAIN_INDEX_NAME] if headers_only else None
     folder = download(model, revision, allow=only, ignore=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES], quiet=quiet)
     commit = folder.name
     weights: Weights
@@ -238,15 +238,17 @@ def _read_index(path: Path, roots: tuple[Path, ...]) -> tuple[dict[str, str], An
 
 def _weight_files(folder: Path, roots: tuple[Path, ...]) -> list[str]:
     """The names of the weight files, by the index if there is one."""
-    index = folder / INDEX_NAME
+    index = folder / PLAIN_INDEX_NAME
     return sorted(set(_read_index(index, roots)[0].values())) if index.exists() else [SINGLE_NAME]
 
 
 def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dict[str, dict[str, TensorSpec]]:
-    index = folder / INDEX_NAME
+    index = folder / PLAIN_INDEX_NAME
     if not index.exists():
         if not weights.has(SINGLE_NAME):
-            raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(weights)}")
+            raise CheckpointError(
+                f"{folder}: holds neither {PLAIN_INDEX_NAME} nor {SINGLE_NAME}; {_found_instead(weights)}"
+            )
         _refuse_strays(folder, weights, {SINGLE_NAME}, SINGLE_NAME)
         return {SINGLE_NAME: weights.header(SINGLE_NAME)}
     weight_map, total_size = _read_index(index, roots)
@@ -254,7 +256,7 @@ def _read_shards(folder: Path, roots: tuple[Path, ...], weights: Weights) -> dic
     missing = [name for name in names if not weights.has(name)]
     if missing:
         raise CheckpointError(f"{index}: names {some(missing)} which are not in the folder; fetch them again")
-    _refuse_strays(folder, weights, set(names), INDEX_NAME)
+    _refuse_strays(folder, weights, set(names), PLAIN_INDEX_NAME)
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
         shards = dict(zip(names, pool.map(weights.header, names), strict=True))
     _compare_with_index(weight_map, shards, index)
@@ -271,7 +273,7 @@ def _refuse_strays(folder: Path, weights: Weights, names: set[str], origin: str)
     if strays := sorted(found - names):
         raise CheckpointError(
             f"{folder}: holds {some(strays)} beside the weights of {origin}; remove what is not part of the model, "
-            f"or fetch the {INDEX_NAME} that names every file"
+            f"or fetch the {PLAIN_INDEX_NAME} that names every file"
         )
 
 

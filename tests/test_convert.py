@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from converter import chunks, conversion
 from converter.conversion import Conversion
 from converter.convert import convert, make_recipe
-from converter.journal import JOURNAL_NAME, SHARDS_NAME
-from converter.output import LOCK_NAME
+from converter.folder import JOURNAL_NAME, LOCK_NAME
+from converter.journal import SHARDS_NAME
 from converter.passage import Copied
 from converter.plan import make_plan
 from converter.prepared import FOLDER_NAME
