@@ -19,7 +19,7 @@ from formats.layout import ceil_div
 from formats.manifest import read_manifest
 from formats.progress import bar_class
 from formats.strict_json import readable
-from formats.texts import DATASETS, load_tokenizer, read_text, tokenize, windows_of
+from formats.texts import DATASETS, load_tokenizer, read_text, tokenize, wikitext2, windows_of
 from runtime.evaluate import evaluate
 from runtime.integrations.lm_eval import Harness
 from runtime.load import load, resolve
@@ -120,7 +120,7 @@ def command(
     }
     page, fields = list[str](), dict[str, Any]()
     if given:
-        corpus = read_text(text) if text is not None else DATASETS[str(dataset)](quiet)
+        corpus = read_text(text) if text is not None else wikitext2(DATASETS[str(dataset)], quiet)
         tokens = tokenize(folder, corpus)
         windows = windows_of(tokens, seq_len, max_windows)
         _check_limits(model, windows, folder)
