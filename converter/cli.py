@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import torch
+from click.core import ParameterSource
 from torch import Tensor
 
 from converter.calibrate import LayerReport
@@ -55,6 +56,7 @@ EXAMPLES = {
     "--calibration texts.txt",
     "Quantise the output head too, keep the first layer": "int4-convert model out --include lm_head "
     "--exclude 'model.layers.0.*'",
+    "Convert and publish it": "int4-convert Qwen/Qwen3-0.6B out --push-to me/Qwen3-0.6B-int4",
 }
 
 
@@ -68,9 +70,10 @@ EXAMPLES = {
               f"[default: {DEFAULT_METHOD}]")  # fmt: skip
 @click.option("--calibration", metavar="TEXT", help="A UTF-8 file, or wikitext2, to run the model on: gptq needs it.")
 @click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, metavar="N",
-              help="Tokens of it, at most.")  # fmt: skip
+              help="At most this many tokens of the text.")  # fmt: skip
 @click.option("--seq-len", default=512, metavar="N", help="Tokens in a window of the calibration.")
-@click.option("--seed", type=click.IntRange(0, MAX_SIZE), default=0, metavar="N", help="Of the draw of windows.")
+@click.option("--seed", type=click.IntRange(0, MAX_SIZE), default=0, metavar="N",
+              help="Seed of the random choice of windows.")  # fmt: skip
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantise these too, such as lm_head (repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these as they are (repeatable).")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.  [default: its main branch]")
@@ -80,8 +83,8 @@ EXAMPLES = {
 @click.option(
     "--dry-run", is_flag=True, help="Print what would happen to each tensor; fetch no weights, write nothing."
 )
-@click.option("--target", type=click.Choice(sorted(ENGINES)),
-              help="With --dry-run: say which kernels of this engine would run what, and what to change.")  # fmt: skip
+@click.option("--target", type=click.Choice(sorted(ENGINES)), help="With --dry-run: which of the engine's kernels "
+              "would run each matrix, and what to change.")  # fmt: skip
 @click.option("--tensor-parallel", type=click.IntRange(min=1), metavar="N",
               help="GPUs that --target shares each matrix among.  [default: 1]")  # fmt: skip
 @click.option("--push-to", metavar="REPO_ID", help="Publish it on the Hub, shard by shard while others are converted.")
@@ -164,6 +167,8 @@ def command(
 
 
 def _check_options(method: str, calibration: str | None, *, low_disk: bool, ranks: Ranks) -> None:
+    if calibration is None and (given := _given("--calibration-tokens", "--seq-len", "--seed")):
+        raise UsageError(f"{', '.join(given)}: of which text? give --calibration FILE too")
     if calibration is None and method not in METHODS:
         raise UsageError(f"--method {method}: needs a text to run the model on; give --calibration FILE")
     if calibration is not None and method not in CALIBRATED:
@@ -174,6 +179,13 @@ def _check_options(method: str, calibration: str | None, *, low_disk: bool, rank
         raise UsageError("--low-disk: calibration reads all of the model twice; leave one of the two out")
     if calibration is not None and ranks.size > 1:
         raise UsageError("--calibration: goes from layer to layer in one process; run it without torchrun")
+
+
+def _given(*options: str) -> list[str]:
+    """Which of `options` stand on the command line."""
+    context = click.get_current_context()
+    sources = {param.opts[0]: context.get_parameter_source(str(param.name)) for param in context.command.params}
+    return [option for option in options if sources[option] is ParameterSource.COMMANDLINE]
 
 
 def _check_forecast(target: str | None, tensor_parallel: int | None, *, dry_run: bool) -> None:

@@ -134,6 +134,8 @@ def test_dry_run_json_has_the_plan(call: Call, source: Path, out: Path) -> None:
         (["--include", "nothing"], "matches no tensor"),
         (["--exclude", "re:("], "no regular expression"),
         (["--revision", "main"], "leave --revision out"),
+        (["--seq-len", 512, "--seed", 0], "--seq-len, --seed: of which text? give --calibration"),
+        (["--calibration-tokens", 9], "--calibration-tokens: of which text?"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--device", "meta"], "device 'meta'"),
         (["--device", "hpu"], "device 'hpu'"),
