@@ -21,7 +21,7 @@ from converter.convert import DEFAULT_GROUP_SIZE, RELAYOUT, convert, recipe_for
 from converter.engines import ENGINES
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
-from converter.push import Upload, published
+from converter.push import Published, Upload
 from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
 from converter.ranks import Ranks, joined_ranks, local_device
 from converter.source import Source, open_source
@@ -161,9 +161,7 @@ def command(
         seconds = time.monotonic() - started
     shutil.rmtree(out_dir / STAGING_NAME, ignore_errors=True)  # of this run, or of one that was interrupted
     if ranks.leads:
-        _print_summary(manifest, out_dir, chosen, seconds, as_json=as_json, quiet=quiet)
-    if upload is not None:
-        _publish(upload, out_dir, manifest, quiet=quiet or as_json)
+        _finish(manifest, out_dir, chosen, seconds, upload, as_json=as_json, quiet=quiet)
 
 
 def _check_options(method: str, calibration: str | None, *, low_disk: bool, ranks: Ranks) -> None:
@@ -213,13 +211,11 @@ def _send(upload: Upload | None, out_dir: Path, shard: FileRecord) -> None:
         upload.put(shard, out_dir / shard.name)
 
 
-def _publish(upload: Upload, out_dir: Path, manifest: Manifest, *, quiet: bool) -> None:
+def _publish(upload: Upload, out_dir: Path, manifest: Manifest) -> Published:
     try:
-        where = upload.commit(out_dir, manifest)
+        return upload.commit(out_dir, manifest)
     except Int4Error as error:
         raise type(error)(f"{error}. The checkpoint is whole: int4-push {out_dir} {upload.repo_id} goes on") from None
-    if not quiet:
-        echo(published(upload, where))
 
 
 def _share_bytes(plan: Plan, ranks: Ranks) -> int:
@@ -227,19 +223,34 @@ def _share_bytes(plan: Plan, ranks: Ranks) -> int:
     return sum(tensor.spec.nbytes for shard in ranks.share(plan.shards) for tensor in shard.tensors)
 
 
-def _print_summary(
-    manifest: Manifest, out_dir: Path, devices: Sequence[torch.device], seconds: float, *, as_json: bool, quiet: bool
+def _finish(
+    manifest: Manifest,
+    out_dir: Path,
+    devices: Sequence[torch.device],
+    seconds: float,
+    upload: Upload | None,
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
+    """Print what was done, and publish it where that was asked for; as JSON both are one object, which comes last."""
     host, gpu = peak_memory(devices)
-    if as_json:
-        spent = {"seconds": round(seconds, 3), "peak_host_bytes": host, "peak_gpu_bytes": gpu}
-        echo(json.dumps({**dataclasses.asdict(manifest.sizes), **spent}))
-    elif not quiet:
+    spent = {"seconds": round(seconds, 3), "peak_host_bytes": host, "peak_gpu_bytes": gpu}
+    fields: dict[str, object] = {**dataclasses.asdict(manifest.sizes), **spent}
+    silent = quiet or as_json
+    if not silent:
         memory = f"{host / 1e9:.1f} GB of memory" + (f" and {gpu / 1e9:.1f} GB of the GPU's" if gpu else "")
-        where = ", ".join(map(str, devices))
-        echo(
-            f"{out_dir}: {_sentence(manifest.recipe, manifest.sizes)}, {seconds:.1f} s on {where} with at most {memory}"
-        )
+        done = f"{_sentence(manifest.recipe, manifest.sizes)}, {seconds:.1f} s on {', '.join(map(str, devices))}"
+        echo(f"{out_dir}: {done} with at most {memory}")
+    try:
+        if upload is not None:
+            published = _publish(upload, out_dir, manifest)
+            fields |= dataclasses.asdict(published)
+            if not silent:
+                echo(str(published))
+    finally:  # the checkpoint is whole, also where publishing failed
+        if as_json:
+            echo(json.dumps(fields))
 
 
 def _show_layer(bar: Bar, report: LayerReport) -> None:
