@@ -92,7 +92,8 @@ EXAMPLES = {
 @click.option("--create-pr", is_flag=True, help="With --push-to: as a pull request.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in OUT_DIR.")
 @quiet_option
-@click.option("--json", "as_json", is_flag=True, help="Print the summary (and with --dry-run the plan) as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, with the plan of --dry-run, or where "
+              "--push-to published it.")  # fmt: skip
 @click.version_option(__version__)
 def command(
     model: str,

@@ -73,7 +73,7 @@ EXAMPLES = {
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the figures to this "
               "file too; a model card shows those in evaluation.json.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path, file_okay=False),
-              help="Draw a page into this folder; needs matplotlib, the extra plots.")  # fmt: skip
+              help="Draw a page into this folder; needs matplotlib (the extra plots).")  # fmt: skip
 @quiet_option
 @click.version_option(__version__)
 def command(
