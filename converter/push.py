@@ -1,7 +1,7 @@
 """Publishing: a checkpoint as one commit of a Hub repository, whose large files can be sent ahead, one by one."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,7 +27,7 @@ from formats.manifest import (
 from formats.strict_json import parse_object
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion
 
 
 @dataclass(frozen=True)
@@ -102,32 +102,49 @@ class Upload:
     def commit(self, folder: Path, manifest: Manifest) -> Published:
         """Make the checkpoint in `folder` the head of the repository, or a pull request.
 
-        Nothing is done where the head is so already. The card takes the place of the source's README.md; of other files
-        only those go that the manifest before named and this one does not. Raises `CheckpointError` where the folder is
-        not what the manifest says, `HubError`, and `TemporaryError`, after which the same call goes on.
+        Nothing is done where the head, or an open pull request that an earlier call made, is so already. The card takes
+        the place of the source's README.md; of other files only those go that the manifest before named and this one
+        does not. Raises `CheckpointError` where the folder is not what the manifest says, `HubError`, and
+        `TemporaryError`, after which the same call goes on.
         """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         self._stop()
         self._thread.join()
         made = {CARD_NAME: card_of(folder, manifest, self.repo_id), MANIFEST_NAME: manifest.to_bytes()}
         self._validate(made[CARD_NAME])
-        head = self._head()
-        names = {file.name for file in manifest.files} | made.keys()
-        files = [file for file in manifest.files if file.name not in made and not _has(head, file, folder / file.name)]
-        new = [CommitOperationAdd(*item) for item in made.items() if not _has(head, _record(*item), item[1])]
-        stale = [CommitOperationDelete(name) for name in sorted((self._listed(head) & head.files.keys()) - names)]
-        if not files and not new and not stale:
+        head, title = self._head(), f"int4 checkpoint of {manifest.source.id}"
+        files, others = self._changes(head, folder, manifest, made)
+        if not files and not others:
             return Published(self.repo_id, None)
+        for proposed in self._proposed(title) if self._create_pr else ():
+            if not any(self._changes(self._head(proposed.git_reference), folder, manifest, made)):
+                return Published(self.repo_id, proposed.url)
         with hub_errors(self.repo_id, uploading=True), hub_bars(self._quiet):
             done = self._api.create_commit(
                 self.repo_id,
-                [*self._send_rest(folder, files), *new, *stale],
-                commit_message=f"int4 checkpoint of {manifest.source.id}",
+                [*self._send_rest(folder, files), *others],
+                commit_message=title,
                 create_pr=self._create_pr,
                 parent_commit=head.commit,
             )
         return Published(self.repo_id, done.pr_url or done.commit_url)
+
+    def _changes(
+        self, head: Head, folder: Path, manifest: Manifest, made: Mapping[str, bytes]
+    ) -> tuple[list[FileRecord], list["CommitOperationAdd | CommitOperationDelete"]]:
+        """Which files of `folder` are to be sent to have `head` hold them and those `made`, and all else to be done."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        names = {file.name for file in manifest.files} | made.keys()
+        files = [file for file in manifest.files if file.name not in made and not _has(head, file, folder / file.name)]
+        new = [CommitOperationAdd(*item) for item in made.items() if not _has(head, _record(*item), item[1])]
+        stale = [CommitOperationDelete(name) for name in sorted((self._listed(head) & head.files.keys()) - names)]
+        return files, [*new, *stale]
+
+    def _proposed(self, title: str) -> list["Discussion"]:
+        """The pull requests of this `title` that nobody has closed: an earlier call made them."""
+        with hub_errors(self.repo_id, uploading=True):
+            found = self._api.get_repo_discussions(self.repo_id, discussion_type="pull_request")
+            return [one for one in found if one.title == title and one.status in ("open", "draft")]
 
     def _stop(self) -> None:
         """Let the thread end behind the file that it sends."""
@@ -163,9 +180,9 @@ class Upload:
                 )
         return additions
 
-    def _head(self) -> Head:
+    def _head(self, revision: str | None = None) -> Head:
         with hub_errors(self.repo_id, uploading=True):
-            commit = self._api.model_info(self.repo_id).sha
+            commit = self._api.model_info(self.repo_id, revision=revision).sha
         if commit is None:
             raise HubError(f"{self.repo_id}: has no commit to begin from; make one on the Hub's website")
         return Head(commit, list_files(self.repo_id, commit))

@@ -218,6 +218,21 @@ def test_a_pull_request_leaves_the_branch_alone(hub: LocalHub, out: Path, capsys
     assert capsys.readouterr().out == f"{TARGET}: {hub.url}/{TARGET}/discussions/1\n"
 
 
+def test_a_pull_request_is_made_once(hub: LocalHub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    push(out, TARGET, "--create-pr")
+    capsys.readouterr()
+    push(out, TARGET, "--create-pr")
+    assert len(commits(hub)) == 1
+    assert capsys.readouterr().out == f"{TARGET}: {hub.url}/{TARGET}/discussions/1\n"
+
+
+def test_a_pull_request_of_other_files_is_another(hub: LocalHub, out: Path) -> None:
+    push(out, TARGET, "--create-pr")
+    (out / CARD_NAME).write_text("Mine.\n")
+    push(out, TARGET, "--create-pr")
+    assert hub.repositories[TARGET].files("refs/pr/2")[CARD_NAME] == b"Mine.\n"
+
+
 def test_a_name_without_owner_is_the_users_own(hub: LocalHub, out: Path) -> None:
     push(out, "model-i4")
     assert MANIFEST_NAME in head(hub, "me/model-i4")
