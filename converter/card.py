@@ -14,34 +14,53 @@ CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag"
 CARRIED_PREFIX = "extra_gated_"
 WORST = 10  # matrices in the table of errors
 
+CAUSAL = ("ForCausalLM", "LMHeadModel")  # ends of the names of classes that AutoModelForCausalLM takes
 LOAD = """\
     pip install "int4-convert[hf]"
 
 ```python
-import runtime
-
-model = runtime.load("{repo_id}")
+{by_runtime}
 ```
 
-or, once `runtime` is imported, by transformers:
+or by transformers:
 
 ```python
-from transformers import AutoModelForCausalLM
+import runtime  # without it transformers fills the layers with random numbers
+from transformers import {model_class}
 
-model = AutoModelForCausalLM.from_pretrained("{repo_id}", variant="i4")
+model = {model_class}.from_pretrained("{repo_id}", variant="i4")
 ```"""
+ALONE = """\
+import runtime
+
+model = runtime.load("{repo_id}")"""
+GENERATING = """\
+import runtime
+from transformers import AutoTokenizer
+
+model = runtime.load("{repo_id}")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
 
 
-def make_card(repo_id: str, manifest: Manifest, source_card: str, figures: Mapping[str, Any] | None = None) -> str:
+def make_card(
+    repo_id: str,
+    manifest: Manifest,
+    source_card: str,
+    figures: Mapping[str, Any] | None = None,
+    architecture: str | None = None,
+) -> str:
     """The card of the checkpoint of `manifest` in the repository `repo_id`, the same for the same arguments.
 
-    Licence, languages and the like are those of the YAML in `source_card`; `figures` are what int4-eval wrote. Raises
-    `CheckpointError` where either cannot be understood.
+    Licence, languages and the like are those of the YAML in `source_card`; `figures` are what int4-eval wrote;
+    `architecture` is the class of transformers that config.json names. Raises `CheckpointError` where one of the first
+    two cannot be understood.
     """
     name = _plain(manifest.source.id.rpartition("/")[2])
     sections = {
         f"# {name} in int4": _introduction(manifest),
-        "## Load": LOAD.format(repo_id=repo_id),
+        "## Load": _loading(repo_id, architecture),
         "## Size": _sizes(manifest),
         "## Recipe": _recipe(manifest),
         "## Kept as they were": _kept(manifest),
@@ -56,12 +75,13 @@ def _metadata(manifest: Manifest, source_card: str) -> str:
     from huggingface_hub import ModelCardData  # here, because importing it takes a second that --help need not pay
 
     found = _read_metadata(source_card)
-    carried = {key: found[key] for key in found if key in CARRIED or key.startswith(CARRIED_PREFIX)}
-    if "language" in carried:  # Norwegian is a Boolean in YAML 1.1
-        carried["language"] = ["no" if code is False else code for code in _listed(carried["language"])]
+    carried = {key: found[key] for key in found if key.startswith(CARRIED_PREFIX)}
+    carried |= {key: _as_written(found[key]) for key in found if key in CARRIED}
+    if "language" in carried:
+        carried["language"] = _listed(carried["language"]) or None
     if manifest.source.revision is not None:
         carried |= {"base_model": manifest.source.id, "base_model_relation": "quantized"}
-    tags = [*_listed(found.get("tags")), *TAGS]
+    tags = [*_listed(_as_written(found.get("tags"))), *TAGS]
     return ModelCardData(**carried, library_name=LIBRARY, tags=tags).to_yaml()
 
 
@@ -81,6 +101,15 @@ def _read_metadata(card: str) -> dict[str, Any]:
         ) from None
 
 
+def _as_written(value: Any) -> Any:
+    """Texts again of what YAML 1.1 made of them: `no`, which is Norwegian, is a Boolean there, 4 a number."""
+    if isinstance(value, list):
+        return [_as_written(one) for one in value if one is not None]
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return None if value is None else str(value)
+
+
 def _listed(value: Any) -> list[Any]:
     if value is None:
         return []
@@ -96,6 +125,16 @@ def _introduction(manifest: Manifest) -> str:
         f"{name} with the weights of its linear layers in 4 bits, {manifest.sizes.bits_per_weight:.2f} with scales, "
         "made by int4-convert."
     )
+
+
+def _loading(repo_id: str, architecture: str | None) -> str:
+    """How to load the model by its class, and run it if it is a causal language model, as one without a class is."""
+    named = architecture is not None and architecture.isascii() and architecture.isidentifier()
+    if architecture is None or not named or architecture.endswith(CAUSAL):
+        model_class, by_runtime = "AutoModelForCausalLM", GENERATING
+    else:
+        model_class, by_runtime = architecture, ALONE
+    return LOAD.format(by_runtime=by_runtime.format(repo_id=repo_id), model_class=model_class, repo_id=repo_id)
 
 
 def _sizes(manifest: Manifest) -> str:
@@ -165,7 +204,7 @@ def _text_figures(figures: Mapping[str, Any]) -> str:
     text = PurePath(figures["text"]).name  # the rest of a path is nobody's business
     protocol = (
         f"{figures['windows']:d} windows of {figures['seq_len']:d} tokens of {_code(text)}, computed in "
-        f"{_plain(figures['dtype'])} on {_plain(figures['device'])}."
+        f"{_plain(figures['dtype'])} on {_plain(figures['device'])}{_options(figures)}."
     )
     reference = figures.get("reference")
     before = "" if reference is None else _with_error(reference["perplexity"], reference["perplexity_se"], ".3f")
@@ -188,6 +227,7 @@ def _task_figures(figures: Mapping[str, Any]) -> str:
         f"By lm-evaluation-harness {_plain(harness['lm_eval'])}"
         + ("" if shots is None else f", {shots:d} examples before each question")
         + ("" if limit is None else f", the first {limit:d} questions of each task")
+        + _options(figures)
     )
     models = [scores for scores in (figures["tasks"], figures.get("reference", {}).get("tasks")) if scores]
     rows = [
@@ -196,6 +236,13 @@ def _task_figures(figures: Mapping[str, Any]) -> str:
         for scores in zip(*models, strict=True)
     ]  # fmt: skip
     return f"{protocol}:\n\n{_table(('task', 'metric', 'int4', 'source')[: 2 + len(models)], rows)}"
+
+
+def _options(figures: Mapping[str, Any]) -> str:
+    """Those of the int4 model that change its numbers or speed, as the end of a sentence."""
+    activations = figures.get("activations")
+    rounded = "" if activations is None else f", with {_plain(activations)} activations"
+    return rounded + (", layers not joined" if figures.get("join") is False else "")
 
 
 def _with_error(value: float, error: float | None, form: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import torch
+from click.core import ParameterSource
 from torch import Tensor
 
 from converter.calibrate import LayerReport
@@ -21,7 +22,7 @@ from converter.engines import ENGINES
 from converter.folder import HIDDEN
 from converter.pipeline import memory_needed, warm_up
 from converter.plan import Plan, make_plan
-from converter.push import Upload, published
+from converter.push import Published, Upload
 from converter.quantize import CALIBRATED, DEFAULT_METHOD, METHODS
 from converter.ranks import Ranks, joined_ranks, local_device
 from converter.source import Source, open_source
@@ -56,6 +57,7 @@ EXAMPLES = {
     "--calibration texts.txt",
     "Quantise the output head too, keep the first layer": "int4-convert model out --include lm_head "
     "--exclude 'model.layers.0.*'",
+    "Convert and publish it": "int4-convert Qwen/Qwen3-0.6B out --push-to me/Qwen3-0.6B-int4",
 }
 
 
@@ -69,9 +71,10 @@ EXAMPLES = {
               f"[default: {DEFAULT_METHOD}]")  # fmt: skip
 @click.option("--calibration", metavar="TEXT", help="A UTF-8 file, or wikitext2, to run the model on: gptq needs it.")
 @click.option("--calibration-tokens", type=click.IntRange(min=1), default=131072, metavar="N",
-              help="Tokens of it, at most.")  # fmt: skip
+              help="At most this many tokens of the text.")  # fmt: skip
 @click.option("--seq-len", default=512, metavar="N", help="Tokens in a window of the calibration.")
-@click.option("--seed", type=click.IntRange(0, MAX_SIZE), default=0, metavar="N", help="Of the draw of windows.")
+@click.option("--seed", type=click.IntRange(0, MAX_SIZE), default=0, metavar="N",
+              help="Seed of the random choice of windows.")  # fmt: skip
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantise these too, such as lm_head (repeatable).")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these as they are (repeatable).")
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.  [default: its main branch]")
@@ -81,8 +84,8 @@ EXAMPLES = {
 @click.option(
     "--dry-run", is_flag=True, help="Print what would happen to each tensor; fetch no weights, write nothing."
 )
-@click.option("--target", type=click.Choice(sorted(ENGINES)),
-              help="With --dry-run: say which kernels of this engine would run what, and what to change.")  # fmt: skip
+@click.option("--target", type=click.Choice(sorted(ENGINES)), help="With --dry-run: which of the engine's kernels "
+              "would run each matrix, and what to change.")  # fmt: skip
 @click.option("--tensor-parallel", type=click.IntRange(min=1), metavar="N",
               help="GPUs that --target shares each matrix among.  [default: 1]")  # fmt: skip
 @click.option("--push-to", metavar="REPO_ID", help="Publish it on the Hub, shard by shard while others are converted.")
@@ -90,7 +93,8 @@ EXAMPLES = {
 @click.option("--create-pr", is_flag=True, help="With --push-to: as a pull request.")
 @click.option("--overwrite", is_flag=True, help="Replace a finished checkpoint in OUT_DIR.")
 @quiet_option
-@click.option("--json", "as_json", is_flag=True, help="Print the summary (and with --dry-run the plan) as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON, with the plan of --dry-run, or where "
+              "--push-to published it.")  # fmt: skip
 @click.version_option(__version__)
 def command(
     model: str,
@@ -159,12 +163,12 @@ def command(
         seconds = time.monotonic() - started
     shutil.rmtree(out_dir / STAGING_NAME, ignore_errors=True)  # of this run, or of one that was interrupted
     if ranks.leads:
-        _print_summary(manifest, out_dir, chosen, seconds, as_json=as_json, quiet=quiet)
-    if upload is not None:
-        _publish(upload, out_dir, manifest, quiet=quiet or as_json)
+        _finish(manifest, out_dir, chosen, seconds, upload, as_json=as_json, quiet=quiet)
 
 
 def _check_options(method: str, calibration: str | None, *, low_disk: bool, ranks: Ranks) -> None:
+    if calibration is None and (given := _given("--calibration-tokens", "--seq-len", "--seed")):
+        raise UsageError(f"{', '.join(given)}: of which text? give --calibration FILE too")
     if calibration is None and method not in METHODS:
         raise UsageError(f"--method {method}: needs a text to run the model on; give --calibration FILE")
     if calibration is not None and method not in CALIBRATED:
@@ -175,6 +179,13 @@ def _check_options(method: str, calibration: str | None, *, low_disk: bool, rank
         raise UsageError("--low-disk: calibration reads all of the model twice; leave one of the two out")
     if calibration is not None and ranks.size > 1:
         raise UsageError("--calibration: goes from layer to layer in one process; run it without torchrun")
+
+
+def _given(*options: str) -> list[str]:
+    """Which of `options` stand on the command line."""
+    context = click.get_current_context()
+    sources = {param.opts[0]: context.get_parameter_source(str(param.name)) for param in context.command.params}
+    return [option for option in options if sources[option] is ParameterSource.COMMANDLINE]
 
 
 def _check_forecast(target: str | None, tensor_parallel: int | None, *, dry_run: bool) -> None:
@@ -202,13 +213,11 @@ def _send(upload: Upload | None, out_dir: Path, shard: FileRecord) -> None:
         upload.put(shard, out_dir / shard.name)
 
 
-def _publish(upload: Upload, out_dir: Path, manifest: Manifest, *, quiet: bool) -> None:
+def _publish(upload: Upload, out_dir: Path, manifest: Manifest) -> Published:
     try:
-        where = upload.commit(out_dir, manifest)
+        return upload.commit(out_dir, manifest)
     except Int4Error as error:
         raise type(error)(f"{error}. The checkpoint is whole: int4-push {out_dir} {upload.repo_id} goes on") from None
-    if not quiet:
-        echo(published(upload, where))
 
 
 def _share_bytes(plan: Plan, ranks: Ranks) -> int:
@@ -216,19 +225,34 @@ def _share_bytes(plan: Plan, ranks: Ranks) -> int:
     return sum(tensor.spec.nbytes for shard in ranks.share(plan.shards) for tensor in shard.tensors)
 
 
-def _print_summary(
-    manifest: Manifest, out_dir: Path, devices: Sequence[torch.device], seconds: float, *, as_json: bool, quiet: bool
+def _finish(
+    manifest: Manifest,
+    out_dir: Path,
+    devices: Sequence[torch.device],
+    seconds: float,
+    upload: Upload | None,
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
+    """Print what was done, and publish it where that was asked for; as JSON both are one object, which comes last."""
     host, gpu = peak_memory(devices)
-    if as_json:
-        spent = {"seconds": round(seconds, 3), "peak_host_bytes": host, "peak_gpu_bytes": gpu}
-        echo(json.dumps({**dataclasses.asdict(manifest.sizes), **spent}))
-    elif not quiet:
+    spent = {"seconds": round(seconds, 3), "peak_host_bytes": host, "peak_gpu_bytes": gpu}
+    fields: dict[str, object] = {**dataclasses.asdict(manifest.sizes), **spent}
+    silent = quiet or as_json
+    if not silent:
         memory = f"{host / 1e9:.1f} GB of memory" + (f" and {gpu / 1e9:.1f} GB of the GPU's" if gpu else "")
-        where = ", ".join(map(str, devices))
-        echo(
-            f"{out_dir}: {_sentence(manifest.recipe, manifest.sizes)}, {seconds:.1f} s on {where} with at most {memory}"
-        )
+        done = f"{_sentence(manifest.recipe, manifest.sizes)}, {seconds:.1f} s on {', '.join(map(str, devices))}"
+        echo(f"{out_dir}: {done} with at most {memory}")
+    try:
+        if upload is not None:
+            published = _publish(upload, out_dir, manifest)
+            fields |= dataclasses.asdict(published)
+            if not silent:
+                echo(str(published))
+    finally:  # the checkpoint is whole, also where publishing failed
+        if as_json:
+            echo(json.dumps(fields))
 
 
 def _show_layer(bar: Bar, report: LayerReport) -> None:

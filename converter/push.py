@@ -1,6 +1,7 @@
 """Publishing: a checkpoint as one commit of a Hub repository, whose large files can be sent ahead, one by one."""
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -9,15 +10,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from converter.card import make_card
-from converter.source import MODEL_FILE
+from converter.side_files import is_weights
+from converter.source import CONFIG_NAME
 from formats.errors import CheckpointError, HubError, Int4Error, UsageError, some
 from formats.files import link_roots, read_small
 from formats.hub import RemoteFile, fetch, hub_bars, hub_errors, list_files
-from formats.manifest import CARD_NAME, EVALUATION_NAME, MANIFEST_NAME, FileRecord, Manifest, read_manifest
+from formats.manifest import (
+    CARD_NAME,
+    EVALUATION_NAME,
+    MANIFEST_NAME,
+    SHARD_SUFFIX,
+    FileRecord,
+    Manifest,
+    read_manifest,
+)
 from formats.strict_json import parse_object
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, Discussion
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,17 @@ class Head:
 
     commit: str
     files: dict[str, RemoteFile]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of an upload: where on the Hub its commit is to see; None where there was nothing to commit."""
+
+    repo_id: str
+    url: str | None
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}: {self.url or 'holds these files already, nothing to commit'}"
 
 
 class Upload:
@@ -61,7 +82,7 @@ class Upload:
                     f"{self.repo_id}: exists already, for all to see; leave --private out, or make it private in its "
                     "settings on the Hub"
                 )
-        if others := sorted(filter(MODEL_FILE.fullmatch, self._head().files)):
+        if others := _other_weights(self._head().files):
             raise HubError(
                 f"{self.repo_id}: holds the weights of another model ({some(others)}), whose configuration would be "
                 "replaced; give an int4 checkpoint a repository of its own"
@@ -78,36 +99,52 @@ class Upload:
         """Have a finished file sent; what goes wrong is left to `commit`, which tries again."""
         self._waiting.put((file, path))
 
-    def commit(self, folder: Path, manifest: Manifest) -> str | None:
-        """Make the checkpoint in `folder` the head of the repository, or a pull request; returns where that is to see.
+    def commit(self, folder: Path, manifest: Manifest) -> Published:
+        """Make the checkpoint in `folder` the head of the repository, or a pull request.
 
-        Nothing is done, and None returned, where the head is so already. The card takes the place of the source's
-        README.md; of other files only those go that the manifest before named and this one does not. Raises
-        `CheckpointError` where the folder is not what the manifest says, `HubError`, and `TemporaryError`, after which
-        the same call goes on.
+        Nothing is done where the head, or an open pull request that an earlier call made, is so already. The card takes
+        the place of the source's README.md; of other files only those go that the manifest before named and this one
+        does not. Raises `CheckpointError` where the folder is not what the manifest says, `HubError`, and
+        `TemporaryError`, after which the same call goes on.
         """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         self._stop()
         self._thread.join()
         made = {CARD_NAME: card_of(folder, manifest, self.repo_id), MANIFEST_NAME: manifest.to_bytes()}
         self._validate(made[CARD_NAME])
-        head = self._head()
+        head, title = self._head(), f"int4 checkpoint of {manifest.source.id}"
+        files, others = self._changes(head, folder, manifest, made)
+        if not files and not others:
+            return Published(self.repo_id, None)
+        for proposed in self._proposed(title) if self._create_pr else ():
+            if not any(self._changes(self._head(proposed.git_reference), folder, manifest, made)):
+                return Published(self.repo_id, proposed.url)
+        with hub_errors(self.repo_id, uploading=True), hub_bars(self._quiet):
+            done = self._api.create_commit(
+                self.repo_id,
+                [*self._send_rest(folder, files), *others],
+                commit_message=title,
+                create_pr=self._create_pr,
+                parent_commit=head.commit,
+            )
+        return Published(self.repo_id, done.pr_url or done.commit_url)
+
+    def _changes(
+        self, head: Head, folder: Path, manifest: Manifest, made: Mapping[str, bytes]
+    ) -> tuple[list[FileRecord], list["CommitOperationAdd | CommitOperationDelete"]]:
+        """Which files of `folder` are to be sent to have `head` hold them and those `made`, and all else to be done."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
         names = {file.name for file in manifest.files} | made.keys()
         files = [file for file in manifest.files if file.name not in made and not _has(head, file, folder / file.name)]
         new = [CommitOperationAdd(*item) for item in made.items() if not _has(head, _record(*item), item[1])]
         stale = [CommitOperationDelete(name) for name in sorted((self._listed(head) & head.files.keys()) - names)]
-        if not files and not new and not stale:
-            return None
-        with hub_errors(self.repo_id, uploading=True), hub_bars(self._quiet):
-            done = self._api.create_commit(
-                self.repo_id,
-                [*self._send_rest(folder, files), *new, *stale],
-                commit_message=f"int4 checkpoint of {manifest.source.id}",
-                create_pr=self._create_pr,
-                parent_commit=head.commit,
-            )
-        return done.pr_url or done.commit_url
+        return files, [*new, *stale]
+
+    def _proposed(self, title: str) -> list["Discussion"]:
+        """The pull requests of this `title` that nobody has closed: an earlier call made them."""
+        with hub_errors(self.repo_id, uploading=True):
+            found = self._api.get_repo_discussions(self.repo_id, discussion_type="pull_request")
+            return [one for one in found if one.title == title and one.status in ("open", "draft")]
 
     def _stop(self) -> None:
         """Let the thread end behind the file that it sends."""
@@ -143,9 +180,9 @@ class Upload:
                 )
         return additions
 
-    def _head(self) -> Head:
+    def _head(self, revision: str | None = None) -> Head:
         with hub_errors(self.repo_id, uploading=True):
-            commit = self._api.model_info(self.repo_id).sha
+            commit = self._api.model_info(self.repo_id, revision=revision).sha
         if commit is None:
             raise HubError(f"{self.repo_id}: has no commit to begin from; make one on the Hub's website")
         return Head(commit, list_files(self.repo_id, commit))
@@ -170,9 +207,9 @@ class Upload:
                 raise HubError(f"{self.repo_id}: {reason}; put a {CARD_NAME} of your own into the folder") from None
 
 
-def published(upload: Upload, where: str | None) -> str:
-    """In a sentence, what became of an upload that ended `where`."""
-    return f"{upload.repo_id}: " + ("holds these files already, nothing to commit" if where is None else where)
+def _other_weights(names: Iterable[str]) -> list[str]:
+    """Weights at the root of a repository that are none of this format, which its configuration may belong to."""
+    return sorted(name for name in names if "/" not in name and is_weights(name) and not name.endswith(SHARD_SUFFIX))
 
 
 def card_of(folder: Path, manifest: Manifest, repo_id: str) -> bytes:
@@ -196,7 +233,14 @@ def card_of(folder: Path, manifest: Manifest, repo_id: str) -> bytes:
     figures = folder / EVALUATION_NAME
     is_ours = figures.exists() and EVALUATION_NAME not in listed  # a file of the source may have that name too
     measured = parse_object(read_small(figures, roots), str(figures)) if is_ours else None
-    return make_card(repo_id, manifest, text, measured).encode()
+    return make_card(repo_id, manifest, text, measured, _architecture(folder / CONFIG_NAME, roots)).encode()
+
+
+def _architecture(config: Path, roots: tuple[Path, ...]) -> str | None:
+    """The class of the model, as the first of `architectures` names it."""
+    fields = parse_object(read_small(config, roots), str(config), constants=True) if config.exists() else {}
+    names = fields.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def _record(name: str, data: bytes) -> FileRecord:

@@ -31,14 +31,14 @@ def side_files(folder: Path, roots: tuple[Path, ...], shards: Collection[str]) -
                 raise CheckpointError(f"{link}: is a link to a folder; put the folder in its place, or remove it")
         for name in sorted(files):
             relative = (Path(parent) / name).relative_to(folder).as_posix()
-            if not name.startswith(".") and not _is_weights(relative) and relative not in shards:
+            if not name.startswith(".") and not is_weights(relative) and relative not in shards:
                 os.close(open_regular(folder / safe_name(relative, str(folder)), roots))
                 if len(name.encode()) > MAX_NEW_BYTES:
                     raise CheckpointError(f"{folder / relative}: its name is over {MAX_NEW_BYTES} bytes; shorten it")
                 yield relative
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
     """Whether the file `name` is left out: weights; but safetensors of a subfolder are another part of the model."""
     suffixes = OTHER_SUFFIXES if "/" in name else WEIGHT_SUFFIXES
     return name.removesuffix(".index.json").endswith(suffixes)

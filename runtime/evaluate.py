@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from formats.architecture import first_line
 from formats.errors import CheckpointError, UsageError
 
 BIN_EDGES = tuple(10 ** (exponent / 4) for exponent in range(-24, 9))  # 1e-6 to 100; what is beyond is at the ends
@@ -89,8 +90,13 @@ class _Runner:
         return logits
 
     def warm_up(self, batch: Tensor) -> None:
-        """Run once without keeping the time, which includes compilation."""
-        self.forward(batch)
+        """Run once without keeping the time, which includes compilation; raises `UsageError` for no language model."""
+        try:
+            logits = self.forward(batch)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:  # no logits, or other inputs
+            raise no_language_model(self.model, first_line(error)) from error
+        if logits.dim() != 3 or logits.shape[:2] != batch.shape:
+            raise no_language_model(self.model, f"its logits are {list(logits.shape)} for tokens {list(batch.shape)}")
         self._seconds, self._seen = 0.0, 0
 
     def losses(self, windows: int) -> Tensor:
@@ -113,6 +119,14 @@ class _Runner:
         )
 
 
+def no_language_model(model: nn.Module, found: str) -> UsageError:
+    """What to raise where `model` does not predict tokens, by what was `found` of it."""
+    return UsageError(
+        f"{type(model).__name__} cannot be evaluated on a text ({found}); this takes language models, which give "
+        "logits [windows, tokens, vocabulary] for tokens alone"
+    )
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -125,6 +139,7 @@ def evaluate(
     """Perplexity of `model` over `windows` [W, T], each token predicted from those before it in its window.
 
     With `reference`, the same for it and the divergence between the two, batch by batch, so that no logits are kept.
+    Raises `UsageError` for what is no language model, and for vocabularies that differ.
     """
     device = next(model.parameters()).device
     runner = _Runner(model, device)

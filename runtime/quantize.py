@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from formats.errors import NonFiniteError
+from formats.errors import NonFiniteError, UsageError
 from formats.layout import Scheme
 from formats.selection import WEIGHT, kept_by_default, matches, never_quantized
 from formats.tensors import spec_of
@@ -23,10 +23,16 @@ def quantize_(
 
     Output heads and routers stay, as in the converter, and so do layers that are shared or compute their weight from
     others, and what a pattern of `exclude` names. absmax loses more than the methods of `int4-convert`. `join` and
-    `activations` are those of `load`. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group
-    size or pattern.
+    `activations` are those of `load`. Hooks of the layers that are replaced do not come along: register them
+    afterwards. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group size or pattern, for a
+    layer that is in no module, and on the meta device.
     """
     scheme = Scheme(group_size, symmetric)
+    if isinstance(module, nn.Linear):
+        raise UsageError(
+            "quantize_ replaces linear layers in place inside a module, and was given a layer alone; give the module "
+            "that holds it, or take Int4Linear.from_linear"
+        )
     holders: dict[int, int] = {}
     for _, child in module.named_modules(remove_duplicate=False):
         for parameter in child._parameters.values():
@@ -38,6 +44,8 @@ def quantize_(
         kept = never_quantized(name, spec_of(child.weight)) or kept_by_default(name)
         if kept or any(matches(pattern, name) for pattern in exclude):
             continue
+        if child.weight.is_meta:
+            raise UsageError(f"{path}: its weight is on the meta device, which holds no numbers; load the module first")
         try:
             layer = Int4Linear.from_linear(child, scheme, activations)
         except NonFiniteError as error:

@@ -41,7 +41,9 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UsageError("--report draws with matplotlib, which is not installed; pip install matplotlib") from None
+        raise UsageError(
+            "--report draws with matplotlib, which is not installed; pip install 'int4-convert[plots]'"
+        ) from None
 
 
 @torch.inference_mode()
@@ -86,7 +88,9 @@ def write_report(
 
 def draw(result: Evaluation, manifest: Manifest, times: Sequence[Timing]) -> dict[str, "Figure"]:
     """Every picture that there are figures for, by name."""
-    figures = {"model": _bars(result), "layers": _layers(manifest)}
+    figures = {"model": _bars(result)}
+    if any(row.error is not None for row in manifest.tensors):  # what was taken over as it is has none
+        figures["layers"] = _layers(manifest)
     if result.kld is not None:
         figures["divergence"] = _histogram(result.kld.histogram, result.kld.mean)
     if times:

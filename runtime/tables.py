@@ -20,7 +20,7 @@ def table(result: Evaluation, protocol: dict[str, Any]) -> str:
     if result.reference is not None:
         columns.append(("reference", result.reference))
     lines = [
-        f"{protocol['windows']} windows of {protocol['seq_len']} tokens, {protocol['dtype']}, {protocol['device']}",
+        f"{protocol['windows']} windows of {protocol['seq_len']} tokens, {_conditions(protocol)}",
         f"{'':24}" + "".join(f"{title:>14}" for title, _ in columns),
     ]
     cells = [_cells(measurement) for _, measurement in columns]
@@ -50,6 +50,16 @@ def task_table(model: Sequence[Score], reference: Sequence[Score] | None) -> str
         + "".join(f"  {value:>{width}}" for value, width in zip(values, widths[2:], strict=True)).rstrip()
         for task, metric, *values in rows
     )
+
+
+def _conditions(protocol: dict[str, Any]) -> str:
+    """What the int4 model computed in, where, and with which options that change its numbers or speed."""
+    parts = [protocol["dtype"], protocol["device"]]
+    if protocol["activations"] is not None:
+        parts.append(f"{protocol['activations']} activations")
+    if protocol.get("join") is False:
+        parts.append("layers not joined")
+    return ", ".join(parts)
 
 
 def _plus_minus(error: float | None, form: str) -> str:

@@ -108,7 +108,9 @@ class LocalHub:
             for prefix in (f"/{repo}/", f"/api/models/{repo}/"):
                 if f"{request.path}/".startswith(prefix):
                     kind, _, rest = request.path.removeprefix(prefix.rstrip("/")).lstrip("/").partition("/")
-                    revision, _, name = rest.partition("/")
+                    if kind == "discussions":
+                        return self._discussions(repo)
+                    revision, _, name = rest.partition("/") if not rest.startswith("refs/pr/") else (rest, "", "")
                     return self._ranged(request, self._answer(repo, kind, revision or "main", name), name)
         return Answer(404, {"X-Error-Code": "RepoNotFound"})
 
@@ -142,10 +144,21 @@ class LocalHub:
         return _json(url)
 
     def _commit(self, repo: str, request: Request) -> Answer:
-        proposed = "create_pr=1" in request.query
-        commit = self.repositories[repo].commit(request.body, "refs/pr/1" if proposed else "main")
+        proposed, repository = "create_pr=1" in request.query, self.repositories[repo]
+        commit = repository.commit(request.body, proposed=proposed)
         urls = {"commitUrl": f"{self.url}/{repo}/commit/{commit}", "commitOid": commit}
-        return _json(urls | {"pullRequestUrl": f"{self.url}/{repo}/discussions/1" if proposed else None})
+        page = f"{self.url}/{repo}/discussions/{len(repository.proposals)}"
+        return _json(urls | {"pullRequestUrl": page if proposed else None})
+
+    def _discussions(self, repo: str) -> Answer:
+        found = [
+            {
+                "title": title, "num": number, "status": "open", "isPullRequest": True, "author": {"name": USER},
+                "createdAt": "2024-05-06T07:08:09.000Z", "repo": {"name": repo, "type": "model"},
+            }
+            for number, title in enumerate(self.repositories[repo].proposals, 1)
+        ]  # fmt: skip
+        return _json({"discussions": found, "count": len(found), "start": 0})
 
     def _ranged(self, request: Request, answer: Answer, name: str) -> Answer:
         body = answer.body

@@ -18,13 +18,17 @@ class RefusedError(Exception):
 
 
 class Repository:
-    """Commits of files by name; `stored` are the large ones, by SHA-256, committed or not."""
+    """Commits of files by name; `stored` are the large ones, by SHA-256, committed or not.
+
+    `proposals` are the titles of pull requests, whose branches are `refs/pr/1` and so on.
+    """
 
     def __init__(self, private: bool = False) -> None:
         self.private = private
         self.commits: dict[str, dict[str, bytes]] = {}
         self.branches: dict[str, str] = {}
         self.stored: dict[str, bytes] = {}
+        self.proposals: list[str] = []
 
     def files(self, revision: str = "main") -> dict[str, bytes]:
         """The files of a branch or commit; raises `KeyError`."""
@@ -65,8 +69,8 @@ class Repository:
             raise RefusedError(400)
         self.stored[oid] = data
 
-    def commit(self, body: bytes, branch: str) -> str:
-        """Make the commit of NDJSON `body` the head of `branch`, as the Hub does: whole, or not at all."""
+    def commit(self, body: bytes, *, proposed: bool) -> str:
+        """Make the commit of NDJSON `body` the head, or a pull request, as the Hub does: whole, or not at all."""
         operations = [json.loads(line) for line in body.splitlines()]
         header = operations.pop(0)["value"]
         if header.get("parentCommit") not in (None, self.branches["main"]):
@@ -82,7 +86,9 @@ class Repository:
                 files[value["path"]] = base64.b64decode(value["content"])
             else:
                 raise RefusedError(400)
-        return self.push(files, branch)
+        if proposed:
+            self.proposals.append(header["summary"])
+        return self.push(files, f"refs/pr/{len(self.proposals)}" if proposed else "main")
 
 
 def sha256(data: bytes) -> str:

@@ -1,16 +1,19 @@
 """The model card: YAML that huggingface_hub reads back, and tables of what the manifest says."""
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import convert_folder, write_checkpoint
+from checkpoints import EXAMPLE, convert_folder, write_checkpoint
 from huggingface_hub import ModelCard, ModelCardData
 
 from converter.card import make_card
 from formats.errors import CheckpointError
+from formats.layout import Scheme
 from formats.manifest import CalibrationRecord, Manifest
+from runtime import Int4Linear
 from runtime.integrations.lm_eval import Score
 
 REPO = "me/model-i4"
@@ -89,6 +92,14 @@ def test_a_licence_that_the_source_does_not_name_is_not_invented(manifest: Manif
     assert metadata(manifest, source_card).keys() == {"base_model", "base_model_relation", "library_name", "tags"}
 
 
+def test_what_yaml_takes_for_something_else_stays_a_text(manifest: Manifest) -> None:
+    card = "---\nlicense: no\nlanguage:\ntags:\n- 1\n- null\n- 2024-05-06\n- yes\n---\n"
+    fields = metadata(manifest, card)
+    assert "language" not in fields
+    assert fields["license"] == "no"
+    assert fields["tags"] == ["1", "2024-05-06", "yes", "int4", "int4-convert"]
+
+
 def test_a_folder_is_no_base_model(local: Manifest) -> None:
     assert metadata(local, SOURCE_CARD).keys().isdisjoint({"base_model", "base_model_relation"})
 
@@ -111,6 +122,38 @@ def test_the_card_says_how_to_load_the_repository_that_it_is_in(manifest: Manife
     card = make_card(REPO, manifest, "")
     assert f'runtime.load("{REPO}")' in card
     assert f'from_pretrained("{REPO}", variant="i4")' in card
+
+
+def snippets(card: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+@pytest.mark.parametrize("architecture", [None, "LlamaForCausalLM", "GPT2LMHeadModel", "no identifier"])
+def test_each_way_to_load_a_language_model_is_whole(manifest: Manifest, architecture: str | None) -> None:
+    first, second = snippets(make_card(REPO, manifest, "", None, architecture))
+    assert "model.generate(" in first
+    assert first.startswith("import runtime\n")
+    assert second == (
+        "import runtime  # without it transformers fills the layers with random numbers\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{REPO}", variant="i4")\n'
+    )
+
+
+def test_each_way_to_load_a_language_model_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    card = make_card(str(out), convert_folder(EXAMPLE, out, Scheme(256)), "")
+    for snippet in snippets(card):
+        exec(snippet.replace("max_new_tokens=50", "max_new_tokens=1"), names := {})
+        assert any(isinstance(module, Int4Linear) for module in names["model"].modules())
+    assert "Once upon a time" in capsys.readouterr().out
+
+
+def test_a_model_of_another_kind_is_loaded_by_its_own_class(manifest: Manifest) -> None:
+    first, second = snippets(make_card(REPO, manifest, "", None, "BertModel"))
+    assert first == f'import runtime\n\nmodel = runtime.load("{REPO}")\n'
+    assert "from transformers import BertModel\n\nmodel = BertModel.from_pretrained(" in second
 
 
 def test_the_card_names_recipe_and_commit(manifest: Manifest) -> None:
@@ -162,6 +205,14 @@ def test_figures_of_the_checkpoint_are_shown_and_no_path_of_their_text(manifest:
     ]
 
 
+OPTIONS = {"activations": "fp8", "join": False}
+
+
+def test_options_that_change_the_figures_are_named(manifest: Manifest) -> None:
+    card = make_card(REPO, manifest, "", {**FIGURES, **OPTIONS, "checkpoint": manifest.digest})
+    assert "computed in float32 on cpu, with fp8 activations, layers not joined." in card
+
+
 def test_figures_without_a_reference_are_a_perplexity(manifest: Manifest) -> None:
     alone = {key: FIGURES[key] for key in ("text", "windows", "seq_len", "dtype", "device", "perplexity")}
     card = make_card(REPO, manifest, "", {**alone, "perplexity_se": None, "checkpoint": manifest.digest})
@@ -180,6 +231,12 @@ def test_tasks_are_shown_with_those_of_the_source(manifest: Manifest) -> None:
     assert rows(card, "Evaluation") == [["arc_easy", "acc", "0.5000 ± 0.0123", "0.7500"]]
 
 
+def test_options_that_change_the_tasks_are_named(manifest: Manifest) -> None:
+    figures = {"tasks": TASKS, "harness": HARNESS, "checkpoint": manifest.digest, **OPTIONS}
+    card = make_card(REPO, manifest, "", figures)
+    assert "the first 100 questions of each task, with fp8 activations, layers not joined:" in card
+
+
 def test_tasks_are_shown_behind_the_figures_of_a_text(manifest: Manifest) -> None:
     figures = {**FIGURES, "tasks": TASKS, "harness": {**HARNESS, "num_fewshot": 5}, "checkpoint": manifest.digest}
     card = make_card(REPO, manifest, "", figures)
@@ -193,7 +250,9 @@ def test_figures_of_another_checkpoint_are_refused(manifest: Manifest, checkpoin
         make_card(REPO, manifest, "", {**FIGURES, "checkpoint": checkpoint})
 
 
-@pytest.mark.parametrize("wrong", [{"perplexity": "low"}, {"kld": None}, {"windows": 1.5}, {"text": 3}, {"tasks": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"perplexity": "low"}, {"kld": None}, {"windows": 1.5}, {"text": 3}, {"tasks": 1}, {"activations": 8}]
+)
 def test_figures_of_another_kind_are_refused(manifest: Manifest, wrong: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"evaluation\.json: is not what"):
         make_card(REPO, manifest, "", {**FIGURES, "checkpoint": manifest.digest, **wrong})

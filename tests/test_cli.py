@@ -133,6 +133,8 @@ def test_dry_run_json_has_the_plan(call: Call, source: Path, out: Path) -> None:
         (["--include", "nothing"], "matches no tensor"),
         (["--exclude", "re:("], "no regular expression"),
         (["--revision", "main"], "leave --revision out"),
+        (["--seq-len", 512, "--seed", 0], "--seq-len, --seed: of which text? give --calibration"),
+        (["--calibration-tokens", 9], "--calibration-tokens: of which text?"),
         (["--device", "abacus"], "device 'abacus'"),
         (["--device", "meta"], "device 'meta'"),
         (["--device", "hpu"], "device 'hpu'"),
@@ -419,43 +421,112 @@ def test_eval_joins_layers_unless_told_otherwise(
         raise UsageError(f"join is {join}")
 
     monkeypatch.setattr(runtime.cli, "load", load)
-    result = call("int4-eval", converted, "--text", EXAMPLE / "config.json", *options)
+    result = call("int4-eval", converted, "--text", EXAMPLE / "config.json", "--seq-len", 64, *options)
     assert f"join is {join}" in result.err
 
 
-@pytest.mark.parametrize(("batch", "code"), [(1, 2), (4, 0)])
-def test_eval_rounds_to_fp8_only_where_it_makes_a_difference(
-    call: Call, converted: Path, batch: int, code: int
+HELD_OUT = EXAMPLE.parent / "tiny-llama.heldout.txt"
+
+
+@pytest.mark.parametrize(
+    ("batch", "windows", "advice"),
+    [
+        (1, 4, "give --batch-size 4 or more\n"),
+        (8, 1, "--batch-size 4 or more, and as many windows, of which there are 1"),
+    ],
+)
+def test_eval_refuses_fp8_where_it_makes_no_difference(
+    call: Call, converted: Path, batch: int, windows: int, advice: str
 ) -> None:
     pytest.importorskip("transformers")
-    text = EXAMPLE.parent / "tiny-llama.heldout.txt"
-    options = ["--seq-len", 256, "--max-windows", 4, "--batch-size", batch]
-    result = call("int4-eval", converted, "--text", text, *options, "--activations", "fp8")
-    assert (result.code, "give --batch-size 4" in result.err) == (code, batch == 1)
+    options = ["--seq-len", 256, "--max-windows", windows, "--batch-size", batch, "--activations", "fp8"]
+    result = call("int4-eval", converted, "--text", HELD_OUT, *options)
+    assert (result.code, advice in result.err) == (2, True)
 
 
-def evaluate_untrained(call: Call, folder: Path, architecture: str, **fields: int) -> Result:
-    """int4-eval of a tiny random model with the tokenizer of the example."""
+def test_eval_says_with_which_options_it_ran(call: Call, converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    options = ["--seq-len", 256, "--max-windows", 4, "--batch-size", 4, "--activations", "fp8", "--no-join"]
+    result = call("int4-eval", converted, "--text", HELD_OUT, *options, "--json", tmp_path / "eval.json")
+    assert result.out.splitlines()[0].endswith(", fp8 activations, layers not joined")
+    fields = json.loads((tmp_path / "eval.json").read_text())
+    assert (fields["activations"], fields["join"]) == ("fp8", False)
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(call: Call, converted: Path) -> None:
+    pytest.importorskip("transformers")
+    result = call("int4-eval", converted, "--text", HELD_OUT, "--max-windows", 1)
+    assert (result.out.startswith("1 windows of 512 tokens, "), result.err) == (True, "")
+
+
+def test_eval_warns_of_more_positions_than_the_model_was_made_for(call: Call, converted: Path) -> None:
+    pytest.importorskip("transformers")
+    result = call("int4-eval", converted, "--text", HELD_OUT, "--max-windows", 1, "--seq-len", 600)
+    assert (result.code, result.out.startswith("1 windows of 600 tokens, ")) == (0, True)
+    assert result.err.startswith("warning: --seq-len 600: more than the 512 positions that the model was made for;")
+
+
+def test_eval_finds_a_folder_in_the_place_of_its_figures_before_it_begins(call: Call, tmp_path: Path) -> None:
+    result = call("int4-eval", "no/such/model", "--text", HELD_OUT, "--json", tmp_path)
+    assert (result.code, "is a directory" in result.err) == (2, True)
+
+
+def untrained(call: Call, folder: Path, architecture: str, **fields: object) -> Path:
+    """An int4 checkpoint of a tiny random model with the tokenizer of the example; its source is beside it."""
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{architecture}Config")(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **fields
-    )
-    getattr(transformers, f"{architecture}ForCausalLM")(config).save_pretrained(folder / "source")
+    model = getattr(transformers, architecture)
+    torch.manual_seed(0)
+    model(model.config_class(**fields)).save_pretrained(folder / "source")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "source" / name).write_bytes((EXAMPLE / name).read_bytes())
-    call("int4-convert", folder / "source", folder / "out", "--group-size", 32, "--quiet")
-    return call("int4-eval", folder / "out", "--text", EXAMPLE.parent / "tiny-llama.heldout.txt", "--seq-len", 64)
+    call("int4-convert", folder / "source", folder / "out", "--group-size", 8, "--quiet")
+    return folder / "out"
+
+
+SIZES = {
+    "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+}  # fmt: skip
+PICTURES = {name: SIZES[name] for name in SIZES if name != "vocab_size"} | {"image_size": 32, "patch_size": 16}
 
 
 def test_eval_refuses_tokens_that_the_model_lacks(call: Call, tmp_path: Path) -> None:
-    result = evaluate_untrained(call, tmp_path, "Llama", vocab_size=100, intermediate_size=32)
+    out = untrained(call, tmp_path, "LlamaForCausalLM", **{**SIZES, "vocab_size": 100})
+    result = call("int4-eval", out, "--text", HELD_OUT, "--seq-len", 64)
     assert (result.code, "its model knows 100" in result.err) == (3, True)
 
 
 def test_eval_refuses_positions_that_the_model_lacks(call: Call, tmp_path: Path) -> None:
-    sizes = {"vocab_size": 1024, "ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 16}
-    result = evaluate_untrained(call, tmp_path, "OPT", **sizes)
+    sizes = {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 16}
+    out = untrained(call, tmp_path, "OPTForCausalLM", **sizes)
+    result = call("int4-eval", out, "--text", HELD_OUT, "--seq-len", 64)
     assert (result.code, "the model has 16 positions" in result.err) == (2, True)
+
+
+def test_eval_refuses_a_model_that_does_not_say_where_its_tokens_go(call: Call, tmp_path: Path) -> None:
+    out = untrained(call, tmp_path, "CLIPModel", text_config=SIZES, vision_config=PICTURES)
+    result = call("int4-eval", out, "--text", HELD_OUT)
+    assert (result.code, "error: CLIPModel cannot be evaluated on a text" in result.err) == (2, True)
+
+
+LLAVA = {
+    "text_config": {**SIZES, "model_type": "llama"},
+    "vision_config": {**PICTURES, "model_type": "clip_vision_model"},
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"), [("BertForMaskedLM", SIZES), ("LlavaForConditionalGeneration", LLAVA)]
+)
+def test_the_reference_is_of_the_class_of_the_model(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, fields: dict[str, object]
+) -> None:
+    def name_both(model: object, *args: object, reference: object, **options: object) -> None:
+        raise UsageError(f"{type(model).__name__} beside {type(reference).__name__}")
+
+    out = untrained(call, tmp_path, architecture, **fields)
+    monkeypatch.setattr(runtime.cli, "evaluate", name_both)
+    result = call("int4-eval", out, "--text", HELD_OUT, "--seq-len", 64, "--reference", tmp_path / "source")
+    assert f"error: {architecture} beside {architecture}\n" in result.err
 
 
 @pytest.mark.parametrize("command", sorted(MAINS))

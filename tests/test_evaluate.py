@@ -54,6 +54,40 @@ def test_a_model_without_sense_is_refused(windows: Tensor, bad: float) -> None:
         evaluate(model, windows)
 
 
+class Headless(Bigram):
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.table[input_ids])
+
+
+class Classifier(Bigram):
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids[:, -1]])
+
+
+class Translator(Bigram):
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        raise ValueError("You have to specify decoder_input_ids")
+
+
+class Painter(Bigram):
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:  # type: ignore[override]
+        return SimpleNamespace(logits=pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (Headless, "no attribute 'logits'"),
+        (Classifier, r"its logits are \[1, 11\] for tokens \[1, 8\]"),
+        (Translator, "specify decoder_input_ids"),
+        (Painter, "unexpected keyword argument"),
+    ],
+)
+def test_what_is_no_language_model_is_refused(windows: Tensor, kind: type[Bigram], found: str) -> None:
+    with pytest.raises(UsageError, match=rf"{kind.__name__} cannot be evaluated .*{found}.*takes language models"):
+        evaluate(kind(1), windows)
+
+
 def test_what_both_exclude_adds_no_divergence(windows: Tensor) -> None:
     model, reference = Bigram(1), Bigram(1)
     for one in (model, reference):

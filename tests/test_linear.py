@@ -143,6 +143,16 @@ def test_quantize_names_the_layer_with_a_bad_weight() -> None:
         quantize_(model, group_size=8)
 
 
+def test_quantize_refuses_a_weight_without_numbers() -> None:
+    with pytest.raises(UsageError, match="0: its weight is on the meta device"):
+        quantize_(nn.Sequential(nn.Linear(16, 8, device="meta")), group_size=8)
+
+
+def test_quantize_refuses_a_layer_that_it_could_replace_nowhere() -> None:
+    with pytest.raises(UsageError, match="given a layer alone"):
+        quantize_(linear(), group_size=8)
+
+
 def test_quantize_refuses_an_impossible_group_size() -> None:
     with pytest.raises(UsageError, match="group size 7"):
         quantize_(nn.Sequential(linear()), group_size=7)

@@ -111,7 +111,7 @@ def test_eval_compares_tasks_with_those_of_the_original(converted: Path, tasks: 
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     fields = json.loads((tmp_path / "eval.json").read_text())
-    assert fields.keys() == {"tasks", "reference", "harness", "checkpoint", "dtype", "device"}
+    assert fields.keys() == {"tasks", "reference", "harness", "checkpoint", "dtype", "device", "activations"}
     assert "| ends_of_sentences | acc | " in make_card("me/x", read_manifest(converted), "", fields)
     assert (fields["harness"]["limit"], fields["harness"]["num_fewshot"]) == (16, 0)
     rows = zip(fields["tasks"], fields["reference"]["tasks"], strict=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from checkpoints import contents, convert_folder, write_checkpoint
+from checkpoints import add_to_config, contents, convert_folder, write_checkpoint
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import are_progress_bars_disabled
 from local_hub import DROP, REPO, TOKEN, LocalHub, Request
@@ -111,6 +111,16 @@ def test_a_second_push_has_nothing_to_send(
     assert not caplog.text
 
 
+def test_json_says_where_the_commit_is(hub: LocalHub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    push(out, "model-i4", "--json")
+    commit = hub.repositories["me/model-i4"].branches["main"]
+    assert json.loads(capsys.readouterr().out) == {
+        "repo_id": "me/model-i4", "url": f"{hub.url}/me/model-i4/commit/{commit}",
+    }  # fmt: skip
+    push(out, "model-i4", "--json")
+    assert json.loads(capsys.readouterr().out) == {"repo_id": "me/model-i4", "url": None}
+
+
 def test_a_push_that_was_stopped_goes_on_without_what_was_sent(hub: LocalHub, out: Path) -> None:
     first, _ = (hash_file(out / name)[1] for name in SHARDS)
     hub.fail(500, path=f"/uploads/{first}", times=6)  # as often as the client tries
@@ -159,6 +169,24 @@ def test_a_repository_with_other_weights_is_refused_before_anything_is_sent(hub:
     assert not sent(hub) + commits(hub)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin", "model.gguf", "consolidated.safetensors", "adapter_model.safetensors",
+        "model.fp16.safetensors", "model.safetensors.index.json",
+    ],
+)  # fmt: skip
+def test_weights_under_any_name_are_those_of_another_model(hub: LocalHub, out: Path, name: str) -> None:
+    hub.push({name: b"weights", "config.json": b"{}"})
+    assert f"holds the weights of another model ({name})" in str(error_of(out, REPO))
+
+
+def test_weights_of_a_folder_are_no_other_model(hub: LocalHub, out: Path) -> None:
+    hub.push({"onnx/model.onnx": b"weights", "vae/model.safetensors": b"weights"})
+    push(out, REPO)
+    assert MANIFEST_NAME in head(hub, REPO)
+
+
 def test_a_repository_that_changes_meanwhile_is_not_overwritten(hub: LocalHub, out: Path) -> None:
     def change(request: Request) -> None:
         if request.path.endswith("/objects/batch"):
@@ -189,6 +217,21 @@ def test_a_pull_request_leaves_the_branch_alone(hub: LocalHub, out: Path, capsys
     assert head(hub) == NEW
     assert hub.repositories[TARGET].files("refs/pr/1").keys() == {*NEW, *contents(out)}
     assert capsys.readouterr().out == f"{TARGET}: {hub.url}/{TARGET}/discussions/1\n"
+
+
+def test_a_pull_request_is_made_once(hub: LocalHub, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    push(out, TARGET, "--create-pr")
+    capsys.readouterr()
+    push(out, TARGET, "--create-pr")
+    assert len(commits(hub)) == 1
+    assert capsys.readouterr().out == f"{TARGET}: {hub.url}/{TARGET}/discussions/1\n"
+
+
+def test_a_pull_request_of_other_files_is_another(hub: LocalHub, out: Path) -> None:
+    push(out, TARGET, "--create-pr")
+    (out / CARD_NAME).write_text("Mine.\n")
+    push(out, TARGET, "--create-pr")
+    assert hub.repositories[TARGET].files("refs/pr/2")[CARD_NAME] == b"Mine.\n"
 
 
 def test_a_name_without_owner_is_the_users_own(hub: LocalHub, out: Path) -> None:
@@ -258,6 +301,23 @@ def test_a_card_that_the_hub_refuses_is_an_error_before_anything_large_is_sent(h
     assert not sent(hub)
 
 
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "Qwen2VLForConditionalGeneration"),
+        ({"architectures": [3]}, "AutoModelForCausalLM"),
+        ({}, "AutoModelForCausalLM"),
+    ],
+)
+def test_the_card_loads_the_class_that_the_configuration_names(
+    hub: LocalHub, source: Path, tmp_path: Path, config: dict[str, object], model_class: str
+) -> None:
+    add_to_config(source, **config)
+    convert_folder(source, tmp_path / "other")
+    push(tmp_path / "other", TARGET)
+    assert f"model = {model_class}.from_pretrained(" in head(hub)[CARD_NAME].decode()
+
+
 def test_a_card_that_somebody_wrote_goes_as_it_is(hub: LocalHub, out: Path) -> None:
     (out / CARD_NAME).write_text("---\nlicense: apache-2.0\n---\nMine.\n")
     push(out, TARGET)
@@ -303,6 +363,27 @@ def test_a_conversion_that_publishes_leaves_what_the_two_commands_leave(
     push(tmp_path / "together", "owner/afterwards")
     assert {**head(hub), CARD_NAME: b""} == {**head(hub, "owner/afterwards"), CARD_NAME: b""}
     assert contents(tmp_path / "together") == contents(out)
+
+
+def test_a_conversion_says_in_one_object_what_it_did_and_where_that_is(
+    hub: LocalHub, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convert(source, tmp_path / "out", "--push-to", TARGET, "--json")
+    fields = json.loads(capsys.readouterr().out)
+    commit = hub.repositories[TARGET].branches["main"]
+    assert (fields["repo_id"], fields["url"]) == (TARGET, f"{hub.url}/{TARGET}/commit/{commit}")
+    assert fields["quantized"] == 2
+
+
+def test_a_conversion_says_what_it_did_where_it_cannot_be_published(
+    hub: LocalHub, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.fail(403, path=COMMIT)
+    with pytest.raises(HubError):
+        convert(source, tmp_path / "out", "--push-to", TARGET, "--json")
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["quantized"] == 2
+    assert fields.keys().isdisjoint({"repo_id", "url"})
 
 
 def test_a_conversion_from_the_hub_names_its_base_model(hub: LocalHub, source: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import base64
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ def test_the_page_holds_its_pictures_and_nothing_from_elsewhere(tmp_path: Path, 
 
 def test_without_a_reference_there_is_no_divergence(manifest: Manifest) -> None:
     assert draw(Evaluation(MODEL), manifest, []).keys() == {"model", "layers"}
+
+
+def test_without_errors_of_matrices_they_are_not_drawn(manifest: Manifest) -> None:
+    imported = replace(manifest, tensors=tuple(replace(row, error=None) for row in manifest.tensors))
+    assert draw(Evaluation(MODEL), imported, []).keys() == {"model"}
 
 
 def test_every_layer_and_kind_is_drawn(manifest: Manifest) -> None:
