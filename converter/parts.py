@@ -46,7 +46,10 @@ def linears_of(layer: nn.Module, target: str) -> dict[str, nn.Linear]:
         return {}
     if isinstance(found, Projection):
         return {f"{path}.{name}": module for name, module in found.named_children() if isinstance(module, nn.Linear)}
-    return {path: found} if isinstance(found, nn.Linear) and path != target else {}
+    # One with a forward of its own may do something else with its weight than multiply what comes in.
+    if not isinstance(found, nn.Linear) or type(found).forward is not nn.Linear.forward or path == target:
+        return {}
+    return {path: found}
 
 
 def parts_of(

@@ -21,11 +21,11 @@ def quantize_(
 ) -> nn.Module:
     """Replace the linear layers of `module` in place by `Int4Linear` with the codec's absmax scales; returns it.
 
-    Output heads and routers stay, as in the converter, and so do layers that are shared or compute their weight from
-    others, and what a pattern of `exclude` names. absmax loses more than the methods of `int4-convert`. `join` and
-    `activations` are those of `load`. Hooks of the layers that are replaced do not come along: register them
-    afterwards. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group size or pattern, for a
-    layer that is in no module, and on the meta device.
+    Output heads and routers stay, as in the converter, and so do layers that are shared, compute their weight from
+    others or have a forward of their own, and what a pattern of `exclude` names. absmax loses more than the methods of
+    `int4-convert`. `join` and `activations` are those of `load`. Hooks of the layers that are replaced do not come
+    along: register them afterwards. Raises `NonFiniteError` on NaN or infinity, `UsageError` on an impossible group
+    size or pattern, for a layer that is in no module, and on the meta device.
     """
     scheme = Scheme(group_size, symmetric)
     if isinstance(module, nn.Linear):
@@ -39,7 +39,9 @@ def quantize_(
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for path, child in list(module.named_modules()):
         name = path + WEIGHT
-        if not path or not isinstance(child, nn.Linear) or holders.get(id(child.weight)) != 1:
+        # What only derives from a linear layer may read its weight in a forward of its own.
+        is_linear = isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward
+        if not path or not is_linear or holders.get(id(child.weight)) != 1:
             continue
         kept = never_quantized(name, spec_of(child.weight)) or kept_by_default(name)
         if kept or any(matches(pattern, name) for pattern in exclude):

@@ -130,6 +130,16 @@ def test_quantize_is_the_codecs_work() -> None:
     assert torch.equal(model[0].dequantize(), codec.dequantize(quantized, 172, Scheme(64, symmetric=False)))
 
 
+class Doubling(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(2 * x, self.weight)
+
+
+def test_quantize_leaves_a_kind_of_linear_layer_with_a_forward_of_its_own() -> None:
+    model = quantize_(nn.Sequential(Doubling(64, 64, bias=False), nn.Linear(64, 64)), group_size=8)
+    assert [type(layer) for layer in model] == [Doubling, Int4Linear]
+
+
 def test_quantize_leaves_what_a_pattern_excludes() -> None:
     model = nn.Sequential(linear(), linear(172, 37))
     quantize_(model, group_size=8, exclude=("1",))
