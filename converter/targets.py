@@ -93,10 +93,10 @@ def _verdict(tensor: TensorPlan, plan: Plan, engine: Engine, gpus: int, group: i
         return Verdict(None, f"{rows // gpus} rows on each GPU share words of zero points, which {CODES_PER_WORD} have")
     if by_columns:
         columns //= gpus
-    step = CODES_PER_WORD if group == ROW_WISE else group
+    step, of = (CODES_PER_WORD, "a packed word's") if group == ROW_WISE else (group, "the group size,")
     if columns % step and (by_columns or engine.layout):
         each = " on each GPU" if by_columns else ""
-        return Verdict(None, f"{columns} columns{each} are no multiple of {step}")
+        return Verdict(None, f"{columns} columns{each} are no multiple of {of} {step}")
     rows = fused_rows // gpus if by_rows else fused_rows
     matrix = Matrix(rows, columns, group, plan.recipe.symmetric, tensor.spec.dtype)
     return _choice(engine.experts if EXPERTS in tensor.name else engine.linear, matrix)
@@ -168,4 +168,4 @@ def _best_size(plan: Plan, engine: Engine, gpus: int) -> int:
 
 
 def _summary(found: dict[str, Verdict]) -> str:
-    return "; ".join(f"{text} ({count})" for text, count in Counter(map(str, found.values())).most_common())
+    return "; ".join(f"{text} ({count} tensors)" for text, count in Counter(map(str, found.values())).most_common())

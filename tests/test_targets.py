@@ -77,7 +77,9 @@ def test_fused_matrices_meet_the_kernel_together() -> None:
 @pytest.mark.parametrize("target", ["vllm", "sglang", "transformers"])
 def test_each_gpu_needs_whole_groups_of_a_matrix_that_is_split_along_them(target: str) -> None:
     down, up = f"{EXPERT}down_proj", f"{EXPERT}up_proj"
-    assert the_verdict(down, (2048, 768), target, 2) == Verdict(None, "384 columns on each GPU are no multiple of 256")
+    assert the_verdict(down, (2048, 768), target, 2) == Verdict(
+        None, "384 columns on each GPU are no multiple of the group size, 256"
+    )
     assert the_verdict(down, (2048, 768), target, 2, group_size=128).kernel is not None
     assert the_verdict(up, (768, 2048), target, 2, group_size=128).kernel is not None
     assert the_verdict(up, (768, 2048), target, 5) == Verdict(None, "768 rows do not divide by 5 GPUs")
@@ -102,7 +104,7 @@ def test_what_cannot_be_exported_is_not_advised_to_be() -> None:
 
 def test_a_short_last_group_stays_with_us() -> None:
     assert the_verdict("a", (64, 384), "transformers", 1).kernel == "Int4Linear"
-    assert the_verdict("a", (64, 384), "vllm", 1) == Verdict(None, "384 columns are no multiple of 256")
+    assert the_verdict("a", (64, 384), "vllm", 1) == Verdict(None, "384 columns are no multiple of the group size, 256")
 
 
 def test_a_scale_for_a_whole_row_is_split_by_vllm_alone() -> None:
@@ -119,11 +121,11 @@ def test_what_is_not_split_is_whole_on_every_gpu() -> None:
 @pytest.mark.parametrize(
     ("target", "group_size", "gpus", "advice"),
     [
-        ("vllm", 256, 1, f"{EXPORT} --group-size 128: the same weights for it; then {FAST} (7)"),
-        ("sglang", 256, 8, f"{EXPORT} --group-size 128: the same weights for it; then Marlin (7)"),
+        ("vllm", 256, 1, f"{EXPORT} --group-size 128: the same weights for it; then {FAST} (7 tensors)"),
+        ("sglang", 256, 8, f"{EXPORT} --group-size 128: the same weights for it; then Marlin (7 tensors)"),
         ("vllm", 128, 1, f"{EXPORT}: the same weights for it"),
-        ("sglang", 40, 1, "convert with --group-size 128; then Marlin (7)"),
-        ("transformers", ROW_WISE, 2, "convert with --group-size 256; then Int4Linear (7)"),
+        ("sglang", 40, 1, "convert with --group-size 128; then Marlin (7 tensors)"),
+        ("transformers", ROW_WISE, 2, "convert with --group-size 256; then Int4Linear (7 tensors)"),
     ],
 )  # fmt: skip
 def test_the_advice_leads_to_a_kernel(target: str, group_size: int, gpus: int, advice: str) -> None:
