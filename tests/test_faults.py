@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import contents, convert_folder, random, write_checkpoint
+from os_calls import watched
 
 from converter.conversion import Conversion
 from converter.convert import convert, make_recipe
@@ -24,8 +24,6 @@ from formats.errors import Int4Error
 from formats.layout import Scheme
 from formats.manifest import MANIFEST_NAME
 
-CALLS = ("open", "pread", "preadv", "pwrite", "fsync", "replace", "unlink", "mkdir", "rmdir", "ftruncate", "fstat")
-
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
@@ -35,21 +33,15 @@ def source(tmp_path: Path) -> Path:
 
 def fail_at(moment: int, error: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Have the call number `moment` to the operating system fail; a list that then holds its name."""
-    lock, moments, failed = Lock(), count(1), list[str]()
+    failed: list[str] = []
 
-    def failing(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def made(*args: Any, **kwargs: Any) -> Any:
-            with lock:
-                now = next(moments) == moment
-            if now:
-                failed.append(name)
-                raise OSError(error, os.strerror(error))
-            return call(*args, **kwargs)
+    def fail(number: int, name: str) -> None:
+        if number == moment:
+            failed.append(name)
+            raise OSError(error, os.strerror(error))
 
-        return made
-
-    for name in CALLS:
-        monkeypatch.setattr(os, name, failing(name, getattr(os, name)))
+    for name, call in watched(fail).items():
+        monkeypatch.setattr(os, name, call)
     return failed
 
 

@@ -4,8 +4,8 @@ import json
 import multiprocessing
 import os
 import random as chance
+import signal
 import sys
-import time
 import warnings
 from multiprocessing import forkserver
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import contents, convert_folder, random, write_checkpoint, write_index
+from os_calls import convert_until, watched
 from safetensors.torch import save_file
 
 from converter.conversion import Conversion
@@ -265,37 +266,33 @@ def test_an_error_in_one_shard_ends_the_others(source: Path, out: Path, monkeypa
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    """Where processes begin with everything imported, so that a kill meets them at their work."""
+    """Where processes begin with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["checkpoints"])
-    with pytest.MonkeyPatch.context() as patched:  # without it the server finds no `checkpoints`, and says nothing
+    context.set_forkserver_preload(["os_calls"])
+    with pytest.MonkeyPatch.context() as patched:  # without it the server finds no `os_calls`, and says nothing
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
     return context
 
 
-def killed(processes: Any, source: Path, out: Path, delay: float) -> bool:
-    """Convert in a process of its own and kill it `delay` seconds later; whether it had not ended by then."""
-    process = processes.Process(target=convert_folder, args=(source, out))
-    process.start()
-    process.join(delay)
-    process.kill()
-    process.join()
-    return bool(process.exitcode)
-
-
 def test_a_conversion_that_is_killed_again_and_again_ends_the_same(
-    source: Path, whole: dict[str, bytes], out: Path, processes: Any
+    source: Path, whole: dict[str, bytes], out: Path, processes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """At random calls to the operating system: between them nothing changes that another process could see."""
     rounds = int(os.environ.get("KILL_ROUNDS", "20"))
+    calls: list[str] = []
+    with monkeypatch.context() as patched:
+        for name, call in watched(lambda number, name: calls.append(name)).items():
+            patched.setattr(os, name, call)
+        convert_folder(source, out.parent / "counted")
     chances = chance.Random(0)
     kills = unfinished = 0
-    for name in ("first", "second"):  # the first waits for imports
-        started = time.monotonic()
-        assert not killed(processes, source, out.parent / name, 60)
-    unbroken = time.monotonic() - started  # on this machine, as busy as it is
     for _ in range(rounds):
-        kills += killed(processes, source, out, chances.uniform(0, unbroken))
+        process = processes.Process(target=convert_until, args=(source, out, chances.randint(1, len(calls))))
+        process.start()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        assert process.exitcode in (0, -signal.SIGKILL)
         found = contents(out) if out.exists() else {}
         unfinished += JOURNAL_NAME in found
         assert all(found[name] == whole[name] for name in found.keys() & whole.keys())
