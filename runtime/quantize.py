@@ -8,6 +8,7 @@ from formats.selection import WEIGHT, kept_by_default, matches, never_quantized
 from formats.tensors import spec_of
 from runtime.linear import Int4Linear
 from runtime.siblings import join as join_siblings
+from runtime.swap import is_plain_linear
 
 
 def quantize_(
@@ -39,9 +40,7 @@ def quantize_(
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for path, child in list(module.named_modules()):
         name = path + WEIGHT
-        # What only derives from a linear layer may read its weight in a forward of its own.
-        is_linear = isinstance(child, nn.Linear) and type(child).forward is nn.Linear.forward
-        if not path or not is_linear or holders.get(id(child.weight)) != 1:
+        if not isinstance(child, nn.Linear) or not is_plain_linear(child) or holders.get(id(child.weight)) != 1:
             continue
         kept = never_quantized(name, spec_of(child.weight)) or kept_by_default(name)
         if kept or any(matches(pattern, name) for pattern in exclude):
